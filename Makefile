@@ -1,0 +1,55 @@
+# Every target works from a bare clone: the first one to need it builds .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# One thread: tests then measure our code, and decode does not collapse on a
+# machine whose cores are shared.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.PHONY: help venv demo test check lint bench soak clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## build .venv with kvstore, its engine and the tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "kvstore needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments. On Debian: apt-get install python3-venv" >&2; exit 1; }
+	@echo "Building .venv (once; torch makes it a few minutes on a slow line)"
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine,dev]'
+	@touch $@
+
+demo: $(STAMP) ## a real model answers from a cold and a warm cache
+	$(BIN)/kvstore demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy kvstore tests benchmarks
+
+test: lint ## lint, types and every test but the soak
+	$(ONE_THREAD) $(BIN)/python -m pytest
+
+check: lint ## lint, types, and the tests of the rules and the pure core: under a minute
+	$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_layers.py tests/test_tidy.py \
+	  tests/test_public.py tests/test_identity.py tests/test_hashing.py tests/test_layout.py \
+	  tests/test_codec.py tests/test_frame.py
+
+bench: $(STAMP) ## measure, beside the ceilings; writes benchmarks/results/latest.json
+	$(ONE_THREAD) $(BIN)/python -m benchmarks
+
+soak: $(STAMP) ## the long, random tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -m soak
+
+clean: ## remove what the other targets made
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
