@@ -1,0 +1,52 @@
+"""Every error that kvstore raises on purpose.
+
+Each message says what is wrong and what to do about it, in one line. Errors
+that a person can mend by changing what they asked for are `InputError`s: the
+command line prints them without a traceback and exits with status 2.
+"""
+
+from __future__ import annotations
+
+
+class KVStoreError(Exception):
+    """Base of every error raised on purpose by kvstore."""
+
+
+class InputError(KVStoreError):
+    """What the caller gave cannot be used: a flag, a file, a setting, a prompt."""
+
+
+class SettingsError(InputError):
+    """A setting is unknown, has no unit that we know, or is out of its bounds."""
+
+
+class ModelError(InputError):
+    """A model folder or file is missing, of the wrong type, or not supported."""
+
+
+class RequestError(InputError):
+    """A request cannot be served: prompt longer than the context, bad sampling values."""
+
+
+class DirectoryError(InputError):
+    """An NVMe directory cannot be opened: no permission, in use, or of a newer format."""
+
+
+class LayoutError(KVStoreError):
+    """Shapes, sizes or head ranges that do not fit the canonical block layout."""
+
+
+class IllegalMoveError(KVStoreError):
+    """A block was asked to make a move that its state does not allow; nothing changed."""
+
+
+class InvariantError(KVStoreError):
+    """`check_invariants` found state that contradicts itself: a bug in kvstore."""
+
+
+class ClosedError(KVStoreError):
+    """A verb was called on a store, lease or reservation that is already closed."""
+
+
+class TierError(KVStoreError):
+    """A tier failed as a whole; the store goes on without it and counts the reason."""
