@@ -1,0 +1,174 @@
+"""A model as Hugging Face stores it: config.json, *.safetensors, tokenizer.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kvstore.engine.config import ModelConfig, config_from_hf
+from kvstore.engine.fingerprint import fingerprint_ranges
+from kvstore.engine.tokenizer import Tokenizer
+from kvstore.errors import ModelError
+
+# The format's own bound on a header, so that a wrong file is not read as one.
+MAX_HEADER_BYTES = 100_000_000
+
+
+class _Place(NamedTuple):
+    """Where a tensor's bytes are."""
+
+    file: Path
+    offset: int
+    nbytes: int
+
+
+class HFFolder:
+    """Reads headers when made, weights when asked. Implements Checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config: ModelConfig = config_from_hf(
+            _read_json(path / "config.json"), path.resolve().name
+        )
+        self._headers: dict[Path, bytes] = {}
+        self._places: dict[str, _Place] = {}
+        for file in self._weight_files():
+            self._read_header(file)
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(place.nbytes for place in self._places.values())
+
+    def weight_bytes(self, name: str) -> int:
+        return self._place(name).nbytes
+
+    def weight(self, name: str) -> Tensor:
+        place = self._place(name)
+        try:
+            with safe_open(str(place.file), framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{place.file} cannot be read: {error}") from error
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise ModelError(f"{name} is {tensor.dtype}: quantised safetensors are not supported")
+        return tensor
+
+    def weights_fingerprint(self) -> str:
+        """sha256 over every header and sampled bytes of every tensor."""
+        digest = hashlib.sha256()
+        for file, header in self._headers.items():
+            digest.update(header)
+            ranges = [(p.offset, p.nbytes) for p in self._places.values() if p.file == file]
+            fingerprint_ranges(digest, file, ranges)
+        return digest.hexdigest()
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_json(
+            self._tokenizer_json.decode(),
+            chat_template=self._chat_template(),
+            special=self._special_tokens(),
+            eos_token_ids=self._eos_token_ids(),
+        )
+
+    def tokenizer_fingerprint(self) -> str:
+        return hashlib.sha256(self._tokenizer_json).hexdigest()
+
+    @cached_property
+    def _tokenizer_json(self) -> bytes:
+        file = self.path / "tokenizer.json"
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+
+    @cached_property
+    def _tokenizer_config(self) -> Mapping[str, Any]:
+        file = self.path / "tokenizer_config.json"
+        return _read_json(file) if file.exists() else {}
+
+    def _chat_template(self) -> str | None:
+        file = self.path / "chat_template.jinja"
+        if file.exists():
+            return file.read_text()
+        template = self._tokenizer_config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            named = {t["name"]: t["template"] for t in template}
+            return named.get("default")
+        return template
+
+    def _special_tokens(self) -> dict[str, str]:
+        special = {}
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            value = self._tokenizer_config.get(name)
+            if isinstance(value, dict):
+                value = value.get("content")
+            if value:
+                special[name] = str(value)
+        return special
+
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        for name in ("generation_config.json", "config.json"):
+            file = self.path / name
+            eos = _read_json(file).get("eos_token_id") if file.exists() else None
+            if eos is not None:
+                return tuple(eos) if isinstance(eos, list) else (int(eos),)
+        return ()
+
+    def _weight_files(self) -> list[Path]:
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map", {})
+            return [self.path / name for name in sorted(set(weight_map.values()))]
+        single = self.path / "model.safetensors"
+        if single.exists():
+            return [single]
+        raise ModelError(f"{self.path} has no model.safetensors (nor an index of shards)")
+
+    def _read_header(self, file: Path) -> None:
+        try:
+            with file.open("rb") as stream:
+                size = stream.seek(0, 2)
+                stream.seek(0)
+                (length,) = struct.unpack("<Q", stream.read(8))
+                if length > min(size, MAX_HEADER_BYTES):
+                    raise ModelError(f"{file} is not a safetensors file")
+                header = stream.read(length)
+            self._headers[file] = header
+            for name, entry in json.loads(header).items():
+                if name == "__metadata__":
+                    continue
+                start, end = entry["data_offsets"]
+                if 8 + length + end > size:
+                    raise ModelError(f"{file} is cut short: {name} ends past its end")
+                self._places[name] = _Place(file, 8 + length + start, end - start)
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{file} is not a safetensors file") from error
+
+    def _place(self, name: str) -> _Place:
+        try:
+            return self._places[name]
+        except KeyError:
+            raise ModelError(f"{self.path} has no weight {name}") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} does not hold a JSON object")
+    return value

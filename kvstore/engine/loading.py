@@ -1,0 +1,58 @@
+"""From a path to a model that runs: a Hugging Face folder or a GGUF file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvstore.engine.checkpoint import Checkpoint, Progress
+from kvstore.engine.config import ModelConfig
+from kvstore.engine.gguf_file import GGUFFile
+from kvstore.engine.hf_folder import HFFolder
+from kvstore.engine.model import Decoder
+from kvstore.engine.tokenizer import Tokenizer
+from kvstore.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A decoder with its weights in memory, and what is needed to talk to it and to name its KV."""
+
+    decoder: Decoder
+    config: ModelConfig
+    tokenizer: Tokenizer
+    weights_fingerprint: str
+    tokenizer_fingerprint: str
+
+
+def load(
+    path: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Load the model at `path`, a folder or a .gguf file. Blocks for seconds.
+
+    Raises ModelError, one line, when there is no model that this decoder can run.
+    """
+    checkpoint = open_checkpoint(Path(path))
+    return LoadedModel(
+        decoder=Decoder.load(checkpoint, dtype, torch.device(device), progress),
+        config=checkpoint.config,
+        tokenizer=checkpoint.tokenizer(),
+        weights_fingerprint=checkpoint.weights_fingerprint(),
+        tokenizer_fingerprint=checkpoint.tokenizer_fingerprint(),
+    )
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read headers only. Raises ModelError when `path` is neither a folder nor a GGUF file."""
+    if path.is_dir():
+        return HFFolder(path)
+    if not path.exists():
+        raise ModelError(f"there is no model at {path}")
+    if path.suffix == ".gguf":
+        return GGUFFile(path)
+    raise ModelError(f"{path} is neither a model folder nor a .gguf file")
