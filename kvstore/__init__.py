@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvstore.compose import open  # noqa: A004
+    from kvstore.compose import open
     from kvstore.engine.engine import Engine
     from kvstore.hashing import Chain, TokenChain
     from kvstore.identity import Namespace
