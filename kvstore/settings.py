@@ -1,0 +1,226 @@
+"""Every setting: its unit, its bounds, its default, and why it exists.
+
+Frozen values; `kvstore.sources` reads them from flags, environment and TOML.
+`ram.capacity_bytes` is `--ram-bytes`, `KVSTORE_RAM__CAPACITY_BYTES`, and
+`capacity_bytes` under `[ram]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from annotated_types import Ge, Le
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from kvstore.quantities import format_size, format_time, parse_size, parse_time
+
+KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Duration = Annotated[float, BeforeValidator(parse_time)]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RamSettings(_Group):
+    capacity_bytes: Size = Field(
+        default=GiB,
+        ge=MiB,
+        le=64 * TiB,
+        description="Size of the RAM arena; every block on its way to or from NVMe passes it.",
+    )
+
+
+class NvmeSettings(_Group):
+    path: Folder | None = Field(
+        default=None, description="Directory of the NVMe tier; without it there is none."
+    )
+    capacity_bytes: Size = Field(
+        default=10 * GiB,
+        ge=MiB,
+        le=1024 * TiB,
+        description="Space for blocks on the drive; never exceeded, allocated at once.",
+    )
+    durability: Literal["cache", "sync"] = Field(
+        default="cache",
+        description="`cache` survives kill -9; `sync` survives a power cut as well, at the price "
+        "of a flush a batch.",
+    )
+    codec: Literal["raw", "zstd"] = Field(
+        default="raw",
+        description="`zstd` stores 1.4 times as many blocks and costs a core when they move.",
+    )
+    admission: Literal["all", "reused", "priority"] = Field(
+        default="all",
+        description="Which blocks are worth a write: all, those used twice, or those above "
+        "default priority.",
+    )
+    daily_write_bytes: Size | None = Field(
+        default=None,
+        ge=MiB,
+        le=1024 * TiB,
+        description="Wear limit of the drive; blocks beyond it stay in RAM. Unlimited when not "
+        "set.",
+    )
+    driver: Literal["auto", "uring", "threads"] = Field(
+        default="auto",
+        description="How reads and writes reach the drive; `auto` takes io_uring where the kernel "
+        "allows it.",
+    )
+
+
+class StoreSettings(_Group):
+    demotion_queue_blocks: int = Field(
+        default=4096,
+        ge=1,
+        le=1 << 20,
+        description="Blocks waiting to be written to NVMe; at the bound new ones are not queued.",
+    )
+    inflight_promotions: int = Field(
+        default=1024,
+        ge=1,
+        le=1 << 20,
+        description="Blocks being read into RAM at once; at the bound a lease becomes shorter.",
+    )
+    deadline_s: Duration = Field(
+        default=2.0,
+        ge=0.001,
+        le=3600,
+        description="How long a lease waits for its blocks before they count as missed.",
+    )
+    verify: Literal["always", "media"] = Field(
+        default="media",
+        description="Whose checksums are compared: of all blocks, or of those that left RAM.",
+    )
+    priority_budget_bytes: Size = Field(
+        default=256 * MiB,
+        ge=0,
+        le=64 * TiB,
+        description="What one namespace may hold above default priority; more is refused.",
+    )
+
+
+class EngineSettings(_Group):
+    model: str | None = Field(
+        default=None, description="A Hugging Face folder, a .gguf file, or the word `smollm2`."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Of weights and KV; `auto` is what the model was saved in."
+    )
+    hbm_bytes: Size = Field(
+        default=512 * MiB,
+        ge=MiB,
+        le=64 * TiB,
+        description="KV blocks that the engine keeps on its device; allocated once.",
+    )
+    block_tokens: int = Field(
+        default=16,
+        ge=1,
+        le=1024,
+        description="Tokens in a block: fewer share more, more move faster. Part of the identity.",
+    )
+    max_batch: int = Field(
+        default=8, ge=1, le=1024, description="Sequences computed in one step; others wait."
+    )
+    prefill_chunk_tokens: int = Field(
+        default=512,
+        ge=1,
+        le=65536,
+        description="Prompt tokens computed in one step, so that decoding goes on between.",
+    )
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="CPU threads of the engine; torch's choice when not set.",
+    )
+
+
+class TenantSettings(_Group):
+    salt: str = Field(
+        default="",
+        repr=False,
+        max_length=1024,
+        description="Secret that separates this tenant's blocks from everyone else's.",
+    )
+
+
+class Settings(_Group):
+    """All settings. Build it with `kvstore.sources.load`, or plain: `Settings()`."""
+
+    ram: RamSettings = RamSettings()
+    nvme: NvmeSettings = NvmeSettings()
+    store: StoreSettings = StoreSettings()
+    engine: EngineSettings = EngineSettings()
+    tenant: TenantSettings = TenantSettings()
+
+
+class Spec(NamedTuple):
+    """One setting, as people are told about it."""
+
+    key: str  # "ram.capacity_bytes"
+    default: str
+    accepts: str
+    reason: str
+
+    @property
+    def variable(self) -> str:
+        return "KVSTORE_" + self.key.upper().replace(".", "__")
+
+    @property
+    def name(self) -> str:
+        """As an argument of `kvstore.open`; with dashes, as a flag."""
+        name = self.key.replace(".", "_")
+        return SHORT_NAMES.get(name, name)
+
+
+# The two that everyone sets, and the groups whose field names speak for themselves.
+SHORT_NAMES = {"ram_capacity_bytes": "ram_bytes", "nvme_capacity_bytes": "nvme_bytes"}
+
+
+def specs() -> Iterator[Spec]:
+    """Every setting, in the order of this file."""
+    for group, outer in Settings.model_fields.items():
+        for name, field in outer.default.__class__.model_fields.items():
+            default = field.default
+            yield Spec(
+                key=f"{group}.{name}",
+                default="not set" if default in (None, "") else render(name, default),
+                accepts=_accepts(name, field),
+                reason=field.description or "",
+            )
+
+
+def render(key: str, value: object) -> str:
+    """A value as a person would write it: by the unit that ends its key."""
+    if isinstance(value, (int, float)) and key.endswith("_bytes"):
+        return format_size(value)
+    if isinstance(value, (int, float)) and key.endswith("_s"):
+        return format_time(value)
+    return str(value)
+
+
+def _accepts(name: str, field: Any) -> str:
+    choices = _choices(field.annotation)
+    if choices:
+        return "one of " + ", ".join(choices)
+    low = next((bound.ge for bound in field.metadata if isinstance(bound, Ge)), None)
+    high = next((bound.le for bound in field.metadata if isinstance(bound, Le)), None)
+    if low is None:
+        return "a path" if name == "path" else "a text"
+    bounds = f"from {render(name, low)} to {render(name, high)}"
+    if name.endswith("_bytes"):
+        return f'a size {bounds}, such as "500MB" or "1 GiB"'
+    if name.endswith("_s"):
+        return f'a time {bounds}, such as "500ms" or "2s"'
+    return f"a whole number {bounds}"
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    args = getattr(annotation, "__args__", ())
+    return args if args and all(isinstance(arg, str) for arg in args) else ()
