@@ -1,0 +1,169 @@
+"""How the next token is drawn, and when a sequence ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvstore.errors import RequestError
+
+# Candidates that top-p looks at before it sorts the whole vocabulary.
+NUCLEUS_CANDIDATES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """What one request asks of its output. Wrong values raise RequestError.
+
+    `temperature` 0 is greedy: the most likely token, always. Otherwise the
+    logits are divided by it and cut in this order: `top_k` (0: off), `top_p`,
+    `min_p` (a token must be at least that fraction as likely as the likeliest).
+    `repetition_penalty` looks at prompt and output, the other two at the output
+    only. With a `seed`, the same request gives the same tokens whatever runs
+    beside it; sibling i of `n` draws from `seed + i`. `max_tokens` None means
+    until the context is full. `stop` strings end the text before themselves.
+    """
+
+    max_tokens: int | None = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # a tuple of its letters is never what was meant
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        finite = all(
+            math.isfinite(value)
+            for value in (
+                self.temperature,
+                self.top_p,
+                self.min_p,
+                self.repetition_penalty,
+                self.presence_penalty,
+                self.frequency_penalty,
+            )
+        )
+        demands = {
+            "every number must be finite": finite,
+            "max_tokens must be at least 1": self.max_tokens is None or self.max_tokens >= 1,
+            "temperature must not be negative": self.temperature >= 0,
+            "top_k must not be negative (0 turns it off)": self.top_k >= 0,
+            "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
+            "min_p must be within 0 and 1": 0 <= self.min_p <= 1,
+            "repetition_penalty must be above 0": self.repetition_penalty > 0,
+            "presence_penalty must be within -2 and 2": -2 <= self.presence_penalty <= 2,
+            "frequency_penalty must be within -2 and 2": -2 <= self.frequency_penalty <= 2,
+            "seed must be within 0 and 2**63 - 1": self.seed is None or 0 <= self.seed < 2**63,
+            "stop strings must not be empty": all(self.stop),
+            "n must be at least 1": self.n >= 1,
+        }
+        for demand, holds in demands.items():
+            if not holds:
+                raise RequestError(f"sampling: {demand}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def penalised(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+class Sampler:
+    """Draws the tokens of one sequence. Owns its random generator and its token counts."""
+
+    def __init__(self, params: SamplingParams, index: int, prompt: Sequence[int]) -> None:
+        self.params = params
+        self._prompt = prompt
+        self._seen: Tensor | None = None  # [vocab] bool: in prompt or output
+        self._counts: Tensor | None = None  # [vocab] float32: times in the output
+        self._generator: torch.Generator | None = None
+        if not params.greedy:
+            self._generator = torch.Generator()
+            if params.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed((params.seed + index) % 2**63)
+
+    def draw(self, logits: Tensor) -> int:
+        """The next token, given its logits `[vocab]` float32 on the CPU; they are not changed."""
+        if self.params.penalised:
+            logits = self._penalise(logits)
+        token = int(logits.argmax()) if self._generator is None else self._sample(logits)
+        if self._counts is not None and self._seen is not None:
+            self._counts[token] += 1
+            self._seen[token] = True
+        return token
+
+    def _penalise(self, logits: Tensor) -> Tensor:
+        params = self.params
+        if self._seen is None or self._counts is None:
+            self._counts = torch.zeros_like(logits)
+            self._seen = torch.zeros_like(logits, dtype=torch.bool)
+            self._seen[torch.tensor(self._prompt, dtype=torch.int64)] = True
+        scale = params.repetition_penalty
+        if scale != 1:
+            less_likely = torch.where(logits > 0, logits / scale, logits * scale)
+            logits = torch.where(self._seen, less_likely, logits)
+        if params.frequency_penalty or params.presence_penalty:
+            logits = logits - params.frequency_penalty * self._counts
+            logits -= params.presence_penalty * (self._counts > 0)
+        return logits
+
+    def _sample(self, logits: Tensor) -> int:
+        """One uniform draw a token, set against the cumulative probabilities."""
+        params = self.params
+        # In float64, and relative to the largest, so that a small temperature cannot overflow.
+        logits = logits.double()
+        weights = torch.exp((logits - logits.max()) / params.temperature)
+        candidates: Tensor | None = None
+        if 0 < params.top_k < len(weights):
+            weights, candidates = weights.topk(params.top_k)
+        if params.top_p < 1:
+            weights, candidates = _nucleus(weights, candidates, params.top_p)
+        if params.min_p > 0:
+            weights = torch.where(weights >= params.min_p * weights.max(), weights, 0.0)
+        cumulative = weights.cumsum(0)
+        point = torch.rand((), dtype=torch.float64, generator=self._generator) * cumulative[-1]
+        drawn = min(int(torch.searchsorted(cumulative, point, right=True)), len(weights) - 1)
+        return drawn if candidates is None else int(candidates[drawn])
+
+
+def _nucleus(weights: Tensor, candidates: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
+    """The fewest of the likeliest tokens whose probability together reaches `top_p`."""
+    wanted = top_p * weights.sum()
+    if candidates is None:
+        ordered, candidates = weights.topk(min(NUCLEUS_CANDIDATES, len(weights)))
+        if ordered.sum() < wanted:
+            ordered, candidates = weights.sort(descending=True, stable=True)
+    else:
+        ordered = weights
+    # A token is in when what is before it does not reach the wanted mass yet.
+    kept = int((ordered.cumsum(0) - ordered < wanted).sum())
+    return ordered[:kept], candidates[:kept]
+
+
+def draw_all(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
+    """One token for each row of `logits` `[len(samplers), vocab]`, float32, any device."""
+    plain = all(sampler.params.greedy and not sampler.params.penalised for sampler in samplers)
+    if plain:
+        tokens: list[int] = logits.argmax(dim=-1).tolist()
+        return tokens
+    rows = logits.cpu()
+    return [sampler.draw(row) for sampler, row in zip(samplers, rows, strict=True)]
