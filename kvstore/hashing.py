@@ -100,6 +100,12 @@ class TokenChain:
             append(key)
         return full
 
+    def fork(self) -> TokenChain:
+        """A chain of its own that begins as this one: for sequences that part here."""
+        other = TokenChain(self.namespace)
+        other._keys, other._tail = self._keys.copy(), self._tail[:]
+        return other
+
     @property
     def tokens(self) -> int:
         """Tokens seen so far."""
