@@ -50,3 +50,11 @@ class ClosedError(KVStoreError):
 
 class TierError(KVStoreError):
     """A tier failed as a whole; the store goes on without it and counts the reason."""
+
+
+class CodecError(TierError):
+    """Stored bytes are not an encoding of their block, or no codec has that name."""
+
+
+class FrameError(TierError):
+    """A record or a frame is truncated, damaged, or of a format that this version does not know."""
