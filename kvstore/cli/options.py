@@ -1,0 +1,83 @@
+"""Flags that several commands share, and how they become settings."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+# The settings that have a flag of their own; `--set` reaches the others.
+FLAGS = {
+    "ram.capacity_bytes": ("--ram-bytes", "SIZE", "Size of the RAM tier."),
+    "nvme.path": ("--nvme-path", "DIR", "Keep blocks in this directory as well."),
+    "nvme.capacity_bytes": ("--nvme-bytes", "SIZE", "Space for blocks in that directory."),
+    "engine.model": ("--model", "MODEL", "A Hugging Face folder, a .gguf file, or `smollm2`."),
+    "engine.dtype": ("--dtype", "TYPE", "float32, bfloat16, float16, or auto."),
+    "engine.hbm_bytes": ("--hbm-bytes", "SIZE", "KV that the engine keeps on its device."),
+    "engine.block_tokens": ("--block-tokens", "N", "Tokens in a block."),
+    "engine.threads": ("--threads", "N", "CPU threads of the engine."),
+}
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else there."
+)
+
+
+def settings_options(*keys: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the flags of `keys`, `--config` and `--set`; it receives `settings`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def with_settings(*args: Any, config: Path | None, **options: Any) -> Any:
+            from kvstore import sources
+
+            assignments = options.pop("assignments")
+            flags = dict(_parse_assignment(text) for text in assignments)
+            for key in keys:
+                value = options.pop(_parameter(key))
+                if value is not None:
+                    flags[key] = sources.Given(value, FLAGS[key][0])
+            return command(*args, settings=sources.load(flags, config=config), **options)
+
+        decorated: Callable[..., Any] = with_settings
+        for option in reversed([*map(_option, keys), _config, _assignments]):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+_config = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Settings in TOML; otherwise ./kvstore.toml or ~/.config/kvstore/config.toml.",
+)
+_assignments = click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any other setting, such as nvme.codec=zstd; `kvstore settings` lists them.",
+)
+
+
+def _option(key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    flag, metavar, text = FLAGS[key]
+    return click.option(flag, _parameter(key), metavar=metavar, help=text)
+
+
+def _parameter(key: str) -> str:
+    return key.replace(".", "_")
+
+
+def _parse_assignment(text: str) -> tuple[str, Any]:
+    from kvstore.sources import Given
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise click.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="--set")
+    return key.strip(), Given(value.strip(), f"--set {key.strip()}")
