@@ -75,33 +75,53 @@ class NvmeSettings(_Group):
 
 
 class StoreSettings(_Group):
+    """The bounds of the store, field for field `kvstore.hub.Bounds`."""
+
     demotion_queue_blocks: int = Field(
         default=4096,
         ge=1,
-        le=1 << 20,
-        description="Blocks waiting to be written to NVMe; at the bound new ones are not queued.",
+        le=1 << 24,
+        description="Blocks waiting for NVMe; beyond, a block stays in RAM only, until close.",
     )
-    inflight_promotions: int = Field(
-        default=1024,
+    promotion_queue_bytes: Size = Field(
+        default=GiB,
+        ge=MiB,
+        le=64 * TiB,
+        description="Blocks being read from NVMe; beyond, leases get shorter, prefetches refused.",
+    )
+    transfer_bytes: Size = Field(
+        default=16 * MiB,
+        ge=64 * KiB,
+        le=GiB,
+        description="One read or write of a tier: large ones are fast, small ones let others pass.",
+    )
+    transfers_in_flight: int = Field(
+        default=2,
         ge=1,
-        le=1 << 20,
-        description="Blocks being read into RAM at once; at the bound a lease becomes shorter.",
+        le=64,
+        description="Reads of a tier at once, and writes; enough to keep a drive busy.",
     )
     deadline_s: Duration = Field(
-        default=2.0,
+        default=5.0,
         ge=0.001,
         le=3600,
-        description="How long a lease waits for its blocks before they count as missed.",
+        description="How long a lease that names no deadline waits; what is late is a miss.",
     )
-    verify: Literal["always", "media"] = Field(
-        default="media",
-        description="Whose checksums are compared: of all blocks, or of those that left RAM.",
-    )
-    priority_budget_bytes: Size = Field(
+    protected_bytes: Size = Field(
         default=256 * MiB,
         ge=0,
         le=64 * TiB,
-        description="What one namespace may hold above default priority; more is refused.",
+        description="What one namespace may hold above default priority; beyond, it is refused.",
+    )
+    ttl_max_s: Duration = Field(
+        default=7 * 86_400.0,
+        ge=1,
+        le=3650 * 86_400.0,
+        description="The longest time to live of a retention; a longer one is clipped.",
+    )
+    verify: Literal["media", "always"] = Field(
+        default="media",
+        description="Whose checksums are compared: of blocks that left RAM, or of all.",
     )
 
 
