@@ -82,7 +82,7 @@ class ExtentAllocator:
         if self.free_bytes != self.capacity_bytes:
             raise InvariantError("claim() is for an allocator that has given nothing out")
         ends = offsets + -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
-        taken = (offsets >= 0) & (offsets % ALIGN_BYTES == 0) & (nbytes > 0)
+        taken: NDArray[np.bool_] = (offsets >= 0) & (offsets % ALIGN_BYTES == 0) & (nbytes > 0)
         taken &= ends <= self.capacity_bytes
         order = np.flatnonzero(taken)
         order = order[np.argsort(offsets[order], kind="stable")]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Sequence
-from itertools import compress
+from itertools import compress, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -91,7 +91,7 @@ class SlotTable:
         return number
 
     def namespace(self, row: int) -> bytes:
-        return self._namespaces[self.index.namespace[row]]
+        return self._namespaces[self.index.namespace.item(row)]
 
     # ---- the life of a block
 
@@ -213,13 +213,14 @@ class SlotTable:
     def load(self, blocks: StoredBlocks) -> list[bool]:
         """Fill an empty table; False where an extent does not fit or overlaps another.
 
-        Keys must be distinct. The blocks kept are rows 0, 1, 2, ... in their order. A million take a second or two.
+        Keys must be distinct. The blocks kept are rows 0, 1, 2, ... in their order.
+        A million take a second or two.
         """
         index = self.index
         if len(index.rows_by_key) or self.space.used_bytes:
             raise InvariantError("load() is for an empty table")
         taken = self.space.claim(blocks.offsets, blocks.nbytes)
-        kept = taken.tolist()
+        kept: list[bool] = taken.tolist()
         keys, parents = list(compress(blocks.keys, kept)), list(compress(blocks.parents, kept))
         count = len(keys)
         rows = index.take(count)
@@ -362,7 +363,7 @@ class SlotTable:
         extents = sorted(zip(index.offset[used].tolist(), index.nbytes[used].tolist(), strict=True))
         if sum(align_up(nbytes) for _, nbytes in extents) != self.space.used_bytes:
             raise InvariantError("the rows' extents and the allocator's used bytes disagree")
-        for (offset, nbytes), (following, _) in zip(extents, extents[1:], strict=False):
+        for (offset, nbytes), (following, _) in pairwise(extents):
             if offset + align_up(nbytes) > following:
                 raise InvariantError(f"two blocks share the bytes at {following}")
         resident = index.rows_by_key.values()

@@ -8,12 +8,14 @@ exception: a batch is never lost to its worst member.
 from __future__ import annotations
 
 import enum
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from kvstore.hashing import Key
 from kvstore.identity import Namespace
+from kvstore.slots import SlotTable
 
 
 class Miss(enum.Enum):
@@ -115,6 +117,23 @@ class Tier(Protocol):
     async def close(self) -> None: ...
 
 
+class HubTier(Tier, Protocol):
+    """The RAM tier as the store uses it: every transfer has one of its slots at one end.
+
+    `slots` says which bytes of `buffer` are whose, and is touched only under
+    `lock`, which is held for microseconds and never across I/O or an await.
+    """
+
+    @property
+    def slots(self) -> SlotTable: ...
+
+    @property
+    def buffer(self) -> memoryview: ...
+
+    @property
+    def lock(self) -> threading.Lock: ...
+
+
 class LocalTier(Tier, Protocol):
     """A tier of this machine, whose metadata can be asked without I/O, from any thread."""
 
@@ -132,6 +151,14 @@ class LocalTier(Tier, Protocol):
 
     async def remember(self, namespaces: Sequence[Namespace]) -> None:
         """Keep the full records of these namespaces beside the blocks."""
+        ...
+
+    def touch(self, keys: Sequence[Key]) -> None:
+        """These blocks were used, here or in a warmer tier. No I/O; unknown keys are ignored."""
+        ...
+
+    def protected_bytes(self, namespace: bytes) -> int:
+        """Bytes of this namespace that stand above the default priority. No I/O."""
         ...
 
     async def retain(self, keys: Sequence[Key], priority: int, expires_s: float) -> int:

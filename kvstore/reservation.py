@@ -1,0 +1,139 @@
+"""Writable slots that nobody can find until they are committed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from kvstore.errors import ClosedError
+from kvstore.hashing import Chain
+from kvstore.hub import Hub
+from kvstore.policy import Rows
+from kvstore.retention import DEFAULT_PRIORITY, Retention, within_budget
+
+
+class Reservation:
+    """Slots for those blocks of a chain that were not held and for which there was room.
+
+    Fill `views`, then `commit`. Two writers of one key do not wait for each
+    other: the first commit wins, the second copy is dropped, neither fails. As
+    a context manager, or when its owner is lost, what was not committed is
+    aborted. Belongs to one thread.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        chain: Chain,
+        indices: list[int],
+        rows: Rows,
+        retention: Retention,
+        committed: Callable[[list[int]], None],
+    ) -> None:
+        """`rows[i]`, reserved, is for block `chain.keys[indices[i]]`.
+
+        `committed` is told, with the lock held, the rows that became resident.
+        """
+        self._hub = hub
+        self._chain = chain
+        self._rows = rows
+        self._retention = retention
+        self._committed = committed
+        self._open = True
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def views(self) -> list[memoryview]:
+        """Writable bytes of each reserved block, canonical layout; owned by the store.
+
+        Not to be touched after `commit` or `abort`.
+        """
+        if not self._open:
+            raise ClosedError("the reservation is closed; its slots may no longer be written")
+        return self._hub.writables(self._rows)
+
+    def commit(self) -> int:
+        """Make the blocks visible; returns how many this writer was the first to commit.
+
+        Raises ClosedError when committed or aborted before, or the store is closed.
+        """
+        hub, chain = self._hub, self._chain
+        sums = hub.sums(self._rows.tolist()) if hub.bounds.verify == "always" else {}
+        keys = [chain.keys[i] for i in self.indices]
+        parents = [chain.keys[i - 1] if i else chain.parent for i in self.indices]
+        with hub.lock:
+            hub.check_open_locked()
+            if not self._open:
+                raise ClosedError("the reservation was committed or aborted before")
+            self._open = False
+            hub.checksums.update(sums)
+            raised = self._raised_locked()
+            won: list[int] = []
+            ttl_s = min(self._retention.ttl_s or 0.0, hub.bounds.ttl_max_s)
+            for part, priority, part_ttl_s in (
+                (slice(0, raised), self._retention.priority, ttl_s),
+                (slice(raised, None), DEFAULT_PRIORITY, 0.0),
+            ):
+                rows = self._rows[part]
+                if not len(rows):
+                    continue
+                mine = hub.publish_locked(
+                    rows, chain.namespace, keys[part], parents[part], priority, part_ttl_s
+                )
+                won.extend(rows[np.array(mine)].tolist())
+            hub.counters["committed_blocks"] += len(won)
+            hub.counters["duplicate_blocks"] += len(keys) - len(won)
+            if ttl_s:
+                self._start_clocks_locked(won)
+            self._committed(won)
+        return len(won)
+
+    def abort(self) -> None:
+        """Give the slots back, unseen. May be called twice, and after `commit`."""
+        with self._hub.lock:
+            if self._open and not self._hub.closed:
+                self._hub.slots.free(self._rows)
+            self._open = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.abort()
+
+    def __del__(self) -> None:
+        if self._open:
+            lost = Reservation.__new__(Reservation)
+            lost.__dict__.update(self.__dict__)
+            self._open = False
+            self._hub.orphans.append(lost.abort)
+
+    def _raised_locked(self) -> int:
+        """How many of the blocks the namespace's budget lets have the priority asked for."""
+        if self._retention.priority <= DEFAULT_PRIORITY:
+            return len(self._rows)
+        slots = self._hub.slots
+        number = slots.namespace_id(self._chain.namespace.fingerprint)
+        return within_budget(
+            self._retention.priority,
+            slots.index.nbytes[self._rows].tolist(),
+            slots.protected_bytes[number],
+            self._hub.bounds.protected_bytes,
+        )
+
+    def _start_clocks_locked(self, rows: list[int]) -> None:
+        """A commit is a release: nobody holds the blocks any more."""
+        array = np.array(rows, dtype=np.int64)
+        self._hub.slots.pin(array)
+        self._hub.slots.unpin(array, self._hub.clock.wall_s())
