@@ -48,7 +48,7 @@ bench: $(STAMP) ## measure, beside the ceilings; writes benchmarks/results/lates
 	$(ONE_THREAD) $(BIN)/python -m benchmarks
 
 soak: $(STAMP) ## the long, random tests
-	$(ONE_THREAD) $(BIN)/python -m pytest -m soak
+	$(ONE_THREAD) $(BIN)/python -m pytest -m soak --hypothesis-profile=soak
 
 clean: ## remove what the other targets made
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

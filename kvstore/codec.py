@@ -141,13 +141,13 @@ def _unsqueeze(stored: memoryview, plane_bytes: int) -> NDArray[np.uint8]:
     try:
         frame = zstandard.get_frame_parameters(stored)
         # Checked before decompressing: both are sizes that zstd would allocate.
-        if frame.content_size != plane_bytes or frame.window_size > _MAX_WINDOW_BYTES:
+        if frame.content_size != plane_bytes:
             raise CodecError(f"a plane of {frame.content_size} bytes where {plane_bytes} belong")
+        if frame.window_size > _MAX_WINDOW_BYTES:
+            raise CodecError(f"a zstd window of {frame.window_size} bytes")
         plane = zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CodecError(f"not a zstd frame: {error}") from error
-    if len(plane) != plane_bytes:
-        raise CodecError(f"a plane of {len(plane)} bytes where {plane_bytes} belong")
     return np.frombuffer(plane, np.uint8)
 
 

@@ -1,0 +1,44 @@
+"""Rules that hold for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from tests.leaks import Held, leaks, watch_event_loops
+
+watch_event_loops()
+
+# The same examples on every machine and every run; `make soak` looks for new ones.
+settings.register_profile("default", deadline=None, derandomize=True, database=None)
+settings.register_profile("soak", deadline=None, max_examples=2_000, print_blob=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind() -> Iterator[None]:
+    """Fails the test that left a file, thread, task, process or shared memory behind.
+
+    What fixtures of a wider scope hold was there before the test, and is not its doing.
+    """
+    before = Held.now()
+    yield
+    left = leaks(before)
+    if left:
+        pytest.fail("left behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not _has_gpu():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

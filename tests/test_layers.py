@@ -1,0 +1,186 @@
+"""Who may import whom: imports go down only. Read from the syntax trees, nothing is run.
+
+A new module must be given a place in LAYERS first.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "kvstore"
+
+PURE_STDLIB = {
+    *("__future__", "array", "bisect", "collections", "contextlib", "dataclasses", "enum"),
+    *("functools", "hashlib", "heapq", "itertools", "json", "math", "operator", "re", "struct"),
+    *("sys", "types", "typing"),
+}
+PURE_PACKAGES = {"numpy", "xxhash", "zstandard"}
+# Outside packages, and the only layers that may import them.
+PACKAGES: dict[str, str] = {
+    **dict.fromkeys(("numpy", "xxhash", "zstandard"), "any layer"),
+    "annotated_types": "settings",
+    "click": "cli",
+    "cupy": "kernels connectors",
+    "gguf": "engine",
+    "jinja2": "engine",
+    "lmdb": "tiers",
+    "msgpack": "tiers",
+    "pydantic": "settings",
+    "pydantic_settings": "settings",
+    "rich": "cli",
+    "safetensors": "engine",
+    "tokenizers": "engine",
+    "torch": "kernels tiers engine connectors",
+}
+
+
+class Layer(NamedTuple):
+    """Modules by name below kvstore; a folder's name stands for all in it."""
+
+    modules: str
+    may_import: str = ""
+    pure: bool = False
+
+
+# From the bottom up. A layer may import itself and the layers named, all of them below it.
+LAYERS = {
+    "errors": Layer("errors", pure=True),
+    "pure": Layer(
+        "identity hashing layout allocator index policy retention planner codec slots "
+        "quantities answers breaker",
+        "errors",
+        pure=True,
+    ),
+    "clock": Layer("clock"),
+    "tier": Layer("tier frame", "errors pure"),
+    "settings": Layer("settings sources machine", "errors pure"),
+    "kernels": Layer("kernels", "errors pure"),
+    "tiers": Layer("tiers", "errors pure clock tier"),
+    "store": Layer(
+        "store below hub lease reservation promotion demotion background",
+        "errors pure clock tier",
+    ),
+    "engine": Layer("engine", "errors pure clock tier kernels tiers store"),
+    "compose": Layer("compose", "errors pure clock tier settings tiers store"),
+    "public": Layer("__init__", "errors pure store engine compose"),
+    "cli": Layer(
+        "cli __main__", "errors pure clock tier settings tiers store engine compose public"
+    ),
+    "connectors": Layer("connectors", "errors pure tier kernels store public"),
+}
+
+
+def layer_of(module: str) -> str | None:
+    """The layer of a module named below kvstore, such as "tiers.ram"; None when it has none."""
+    top = module.partition(".")[0] or "__init__"
+    return next((name for name, layer in LAYERS.items() if top in layer.modules.split()), None)
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.iterdir()):
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        for file in files:
+            if file.suffix == ".py":
+                parts = file.relative_to(PACKAGE).with_suffix("").parts
+                found[".".join(parts).removesuffix(".__init__")] = file
+    return found
+
+
+MODULES = modules()
+
+
+def imports(tree: ast.AST, known: dict[str, Path]) -> Iterator[str]:
+    """Full names of imported modules, wherever in the file the import stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield "relative import"
+                continue
+            source = node.module or ""
+            for alias in node.names:
+                below = f"{source}.{alias.name}".removeprefix("kvstore.")
+                is_module = source.startswith("kvstore") and any(
+                    name == below or name.startswith(f"{below}.") for name in known
+                )
+                yield f"kvstore.{below}" if is_module else source
+
+
+def violations(module: str, source: str, known: dict[str, Path]) -> list[str]:
+    """What the module imports or calls that its layer must not."""
+    name = layer_of(module)
+    if name is None:
+        return [f"{module} is in no layer: give it a place in LAYERS"]
+    layer, tree, found = LAYERS[name], ast.parse(source), []
+    allowed = {name, *layer.may_import.split()}
+    for imported in imports(tree, known):
+        top, _, below = imported.partition(".")
+        if top == "kvstore":
+            target = layer_of(below) or "no layer"
+            if target not in allowed:
+                found.append(f"imports {imported} ({target})")
+        elif layer.pure and top not in PURE_STDLIB | PURE_PACKAGES:
+            found.append(f"imports {imported}: a pure module has no I/O, threads or clock")
+        elif top in PACKAGES and PACKAGES[top] != "any layer" and name not in PACKAGES[top].split():
+            found.append(f"imports {imported}, which belongs to {PACKAGES[top]}")
+        elif top not in PACKAGES and top not in sys.stdlib_module_names:
+            found.append(f"imports {imported}: give the package a place in PACKAGES")
+    if layer.pure:
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        found += [f"uses {name}()" for name in sorted(names & {"open", "print", "input"})]
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module: str) -> None:
+    assert violations(module, MODULES[module].read_text(), MODULES) == []
+
+
+def test_the_table_itself_only_looks_down() -> None:
+    below: set[str] = set()
+    for name, layer in LAYERS.items():
+        assert set(layer.may_import.split()) <= below, name
+        below.add(name)
+    placed = [module for layer in LAYERS.values() for module in layer.modules.split()]
+    assert len(placed) == len(set(placed))
+
+
+def test_the_table_names_nothing_that_is_gone() -> None:
+    there = {module.partition(".")[0] for module in MODULES}
+    placed = {module for layer in LAYERS.values() for module in layer.modules.split()}
+    assert placed - there == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("identity", "import os"),
+        ("identity", "def late():\n    import torch"),
+        ("hashing", "from kvstore.tier import Record"),
+        ("hashing", "import time"),
+        ("layout", "from threading import Lock"),
+        ("layout", "data = open('x')"),
+        ("store", "from kvstore.tiers.block_pool import BlockPool"),
+        ("store", "from kvstore.tiers import block_pool"),
+        ("store", "from kvstore import tiers"),
+        ("store", "import kvstore.compose as c"),
+        ("store", "import kvstore"),
+        ("store", "from . import tier"),
+        ("store", "import torch.nn"),
+        ("engine.model", "from kvstore.compose import open"),
+        ("tiers.block_pool", "if x:\n    from kvstore.store import BlockStore"),
+        ("engine.model", "import kvstore.connectors"),
+        ("engine.model", "import requests"),
+        ("unheard_of", ""),
+    ],
+)
+def test_a_breach_is_seen(module: str, source: str) -> None:
+    assert violations(module, source, MODULES) != []
