@@ -1,0 +1,159 @@
+"""The RAM tier: one arena of anonymous shared memory, and the slots in it."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from kvstore.allocator import ALIGN_BYTES
+from kvstore.errors import ClosedError, SettingsError
+from kvstore.frame import checksum
+from kvstore.hashing import Key
+from kvstore.policy import EvictionPolicy
+from kvstore.slots import Batch, SlotTable
+from kvstore.tier import (
+    Miss,
+    ReadRequest,
+    ReadResult,
+    Record,
+    Refusal,
+    WriteItem,
+    WriteResult,
+)
+
+
+class RamTier:
+    """A memfd mapped once: gone with the last process that has it, however that ends.
+
+    The store works on `slots` and `buffer` under `lock`; the verbs serve
+    whoever has the tier alone. Memory is taken page by page as slots are first
+    written, so opening costs nothing; huge pages are asked for, and come where
+    the machine allows them for shared memory
+    (/sys/kernel/mm/transparent_hugepage/shmem_enabled).
+    """
+
+    def __init__(self, capacity_bytes: int, policy: EvictionPolicy | None = None) -> None:
+        """Raises SettingsError below one page, OSError when the memory is refused."""
+        if capacity_bytes < ALIGN_BYTES:
+            raise SettingsError(f"a RAM tier needs at least {ALIGN_BYTES} bytes")
+        self.slots = SlotTable(capacity_bytes, policy)
+        self.lock = threading.Lock()
+        self._records: dict[Key, Record] = {}  # of blocks written through `write`
+        self._closed = False
+        length = self.slots.space.capacity_bytes
+        fd = os.memfd_create("kvstore-ram", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, length)
+            self._map = mmap.mmap(fd, length)
+        finally:
+            os.close(fd)  # mmap keeps a descriptor of its own
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.buffer = memoryview(self._map)
+
+    @property
+    def name(self) -> str:
+        return "ram"
+
+    async def contains(self, keys: Sequence[Key]) -> list[bool]:
+        with self.lock:
+            self._check_open()
+            return [row is not None for row in self.slots.find(keys)]
+
+    async def read(self, items: Sequence[ReadRequest]) -> list[ReadResult]:
+        """Copies under the lock: this verb is for tests and tools, not for the hot path."""
+        with self.lock:
+            self._check_open()
+            return [self._read(item) for item in items]
+
+    async def write(self, items: Sequence[WriteItem]) -> list[WriteResult]:
+        """Copies under the lock; makes room by evicting what has no better claim."""
+        with self.lock:
+            self._check_open()
+            return [WriteResult(self._write(item)) for item in items]
+
+    async def delete(self, keys: Sequence[Key]) -> int:
+        with self.lock:
+            self._check_open()
+            found = [row for row in self.slots.find(keys) if row is not None]
+            rows = np.array(sorted(set(found)), dtype=np.int64)
+            rows = rows[self.slots.index.pins[rows] == 0]
+            for row in rows.tolist():
+                self._records.pop(self.slots.index.keys[row] or b"", None)
+            self.slots.evict(rows)
+            self.slots.free(rows)
+            return len(rows)
+
+    async def close(self) -> None:
+        """Unmap the arena. With views of it still held it goes when the last of them does."""
+        with self.lock:
+            if self._closed:
+                return
+            self._closed = True
+            self.buffer.release()
+            with contextlib.suppress(BufferError):
+                self._map.close()
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError where the slots contradict themselves."""
+        with self.lock:
+            self.slots.check_invariants()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the RAM tier is closed")
+
+    def _view(self, row: int) -> memoryview:
+        start = self.slots.index.offset.item(row)
+        return self.buffer[start : start + self.slots.index.nbytes.item(row)]
+
+    def _read(self, item: ReadRequest) -> ReadResult:
+        (row,) = self.slots.find([item.key])
+        if row is None:
+            evicted = self.slots.was_evicted(item.key)
+            return ReadResult(None, Miss.EVICTED if evicted else Miss.ABSENT)
+        record = self._records[item.key]
+        if record.namespace != item.namespace or record.raw_bytes != item.raw_bytes:
+            return ReadResult(None, Miss.IDENTITY)
+        view = self._view(row)
+        if checksum(view) != record.checksum:
+            rows = np.array([row], dtype=np.int64)
+            self.slots.evict(rows)
+            self.slots.free(rows)
+            return ReadResult(None, Miss.CHECKSUM)
+        item.buffer[: item.raw_bytes] = view
+        self.slots.touch(np.array([row], dtype=np.int64))
+        return ReadResult(record, None)
+
+    def _write(self, item: WriteItem) -> Refusal | None:
+        record, nbytes = item.record, item.record.raw_bytes
+        if not 0 < nbytes <= len(item.buffer):
+            return Refusal.INVALID
+        if self.slots.find([record.key]) != [None]:
+            return None
+        rows = self.slots.reserve(nbytes, 1)
+        while not len(rows):
+            now_s = time.time()
+            victims = self.slots.victims(nbytes, 1, record.priority, now_s)
+            if not len(victims):
+                return Refusal.FULL
+            self.slots.free(victims)
+            rows = self.slots.reserve(nbytes, 1)
+        view = self._view(int(rows[0]))
+        view[:] = item.buffer[:nbytes]
+        self._records[record.key] = replace(
+            record, codec="raw", stored_bytes=nbytes, checksum=checksum(view)
+        )
+        self.slots.commit(
+            rows, Batch(record.namespace, [record.key], [record.parent], record.priority)
+        )
+        if record.expires_s:
+            self.slots.expire_at(rows, record.expires_s)
+        return None
