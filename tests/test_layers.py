@@ -53,7 +53,7 @@ LAYERS = {
     "errors": Layer("errors", pure=True),
     "pure": Layer(
         "identity hashing layout allocator index policy retention planner codec slots "
-        "quantities answers breaker",
+        "quantities answers breaker admission",
         "errors",
         pure=True,
     ),
