@@ -119,7 +119,9 @@ class RamTier:
         if row is None:
             evicted = self.slots.was_evicted(item.key)
             return ReadResult(None, Miss.EVICTED if evicted else Miss.ABSENT)
-        record = self._records[item.key]
+        record = self._records.get(item.key)
+        if record is None:  # committed through `slots`: the store's business, not this verb's
+            return ReadResult(None, Miss.ABSENT)
         if record.namespace != item.namespace or record.raw_bytes != item.raw_bytes:
             return ReadResult(None, Miss.IDENTITY)
         view = self._view(row)
@@ -146,6 +148,9 @@ class RamTier:
                 return Refusal.FULL
             self.slots.free(victims)
             rows = self.slots.reserve(nbytes, 1)
+        if len(self._records) > 2 * len(self.slots) + 64:  # most are of blocks evicted since
+            there = self.slots.index.rows_by_key
+            self._records = {key: kept for key, kept in self._records.items() if key in there}
         view = self._view(int(rows[0]))
         view[:] = item.buffer[:nbytes]
         self._records[record.key] = replace(
