@@ -60,7 +60,7 @@ class Scheduler:
         self.preemptions = 0
 
     def add(self, sequence: TokenSequence) -> None:
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=_order)
 
     def admit(self) -> TokenSequence | None:
         """Give blocks to the oldest waiting sequence, if it can start now.
@@ -88,7 +88,7 @@ class Scheduler:
         sequence.block_table = found + taken
         sequence.advance(len(found) * sequence.block_tokens, "hbm")
         sequence.phase = Phase.RUNNING
-        self.running.append(sequence)
+        insort(self.running, sequence, key=_order)
         return sequence
 
     def catch_up(self, sequence: TokenSequence) -> None:

@@ -1,0 +1,273 @@
+"""The engine: a decoder, its paged KV, and the loop that serves many requests at once."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from kvstore.engine.checkpoint import Progress
+from kvstore.engine.loading import LoadedModel, load
+from kvstore.engine.loop import Loop
+from kvstore.engine.output import Delta, EngineStats, Output, assemble
+from kvstore.engine.prompts import Prompt, prompt_tokens, sequence_limit
+from kvstore.engine.request import Request
+from kvstore.engine.sampling import SamplingParams
+from kvstore.engine.sequence import TokenSequence
+from kvstore.errors import ClosedError, RequestError, SettingsError
+from kvstore.identity import Namespace, salt_digest
+from kvstore.quantities import parse_size
+from kvstore.store import BlockStore
+from kvstore.tiers.hbm import TORCH_DTYPE, HbmTier
+
+
+class Engine:
+    """Generates text, and computes no block twice that HBM or the store still has.
+
+    Belongs to one thread: every method must be called from the same one, or under
+    a lock of the caller's. Two `stream`s may be read in turns. The store may be
+    shared with other engines; it is the caller's to close, after the engine.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        store: BlockStore | None = None,
+        hbm_bytes: int | str = "512 MiB",
+        block_tokens: int = 16,
+        max_batch: int = 8,
+        prefill_chunk_tokens: int = 512,
+        salt: str = "",
+    ) -> None:
+        """`hbm_bytes` of KV are allocated here, once. For the rest see `from_pretrained`."""
+        self.model = model
+        self.namespace = namespace_of(model, block_tokens=block_tokens, salt=salt)
+        hbm = HbmTier(self.namespace.layout, parse_size(hbm_bytes), model.decoder.device)
+        self._loop = Loop(
+            model.decoder,
+            hbm,
+            store,
+            max_batch=max_batch,
+            chunk_tokens=prefill_chunk_tokens,
+        )
+        self._hbm_tokens = hbm.capacity_tokens
+        self._max_batch = max_batch
+        self._inboxes: dict[int, deque[Delta]] = {}  # of `generate` and `stream`
+        self._undelivered: list[Delta] = []  # of `add_request`, for the next `step`
+        self._arrivals = 0
+        self._closed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        store: BlockStore | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        hbm_bytes: int | str = "512 MiB",
+        block_tokens: int = 16,
+        max_batch: int = 8,
+        prefill_chunk_tokens: int = 512,
+        salt: str = "",
+        progress: Progress | None = None,
+    ) -> Engine:
+        """Load a Hugging Face folder or a GGUF file, and make an engine of it. Takes seconds.
+
+        `dtype` is that of weights and KV ("auto": bfloat16). At most `max_batch` sequences are
+        computed in one step, and `prefill_chunk_tokens` tokens of their prompts.
+        `salt` separates what this engine stores from all who have another one.
+        Raises ModelError when the model cannot be used.
+        """
+        return cls(
+            load(path, _torch_dtype(dtype), device, progress),
+            store=store,
+            hbm_bytes=hbm_bytes,
+            block_tokens=block_tokens,
+            max_batch=max_batch,
+            prefill_chunk_tokens=prefill_chunk_tokens,
+            salt=salt,
+        )
+
+    # ---- whole requests
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Output]:
+        """Answer all `prompts`, together; one Output each, in their order.
+
+        A prompt is text, token ids, or the messages of a chat. `params` are for
+        all of them or one for each. Raises RequestError, and starts none, when one
+        of them cannot be served.
+        """
+        if isinstance(prompts, str):
+            raise RequestError("generate takes a list of prompts; put the text into one")
+        if params is None or isinstance(params, SamplingParams):
+            each: list[SamplingParams | None] = [params] * len(prompts)
+        else:
+            each = list(params)
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts, but sampling values for {len(each)}")
+        requests = [self._request(p, own) for p, own in zip(prompts, each, strict=True)]
+        streams = [self._read(request) for request in requests]
+        try:
+            for request in requests:
+                self._enqueue(request)
+            return [assemble(list(stream)) for stream in streams]
+        finally:
+            for request in requests:
+                self.abort(request.request_id)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """The answer to one prompt, delta by delta as it is computed.
+
+        Raises RequestError at once when it cannot be served. Closing the
+        iterator before its end aborts the request.
+        """
+        request = self._request(prompt, params)
+
+        def deltas() -> Iterator[Delta]:
+            self._enqueue(request)
+            try:
+                yield from self._read(request)
+            finally:
+                self.abort(request.request_id)
+
+        return deltas()
+
+    # ---- the loop, for servers
+
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+        """Queue a prompt; `step` returns its deltas, under the id returned here."""
+        request = self._request(prompt, params)
+        self._loop.start(request)
+        return request.request_id
+
+    def step(self) -> list[Delta]:
+        """Compute one batch: a token of each running sequence and a chunk of the prompts.
+
+        Returns what has become final. Waits, for a moment, only when nothing can
+        be computed because all is being loaded.
+        """
+        self._check_open()
+        self._advance()
+        deltas, self._undelivered = self._undelivered, []
+        return deltas
+
+    def abort(self, request_id: int) -> None:
+        """Drop a request and free its blocks; nothing happens when it is finished or unknown."""
+        self._inboxes.pop(request_id, None)
+        self._loop.abort(request_id)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._loop.requests)
+
+    def clear_hbm(self) -> int:
+        """Forget every block that no running sequence uses; returns how many were known."""
+        return self._loop.hbm.pool.clear()
+
+    def stats(self) -> EngineStats:
+        """Gauges, and counters since the engine was made."""
+        return self._loop.stats()
+
+    def close(self) -> None:
+        """Abort all requests and let go of the weights and the KV. May be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._inboxes.clear()
+            self._loop.close()
+            del self.model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError where scheduler, pool and requests contradict each other."""
+        self._loop.check_invariants()
+
+    # ---- requests
+
+    def _request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
+        """Check and tokenise; nothing is queued yet."""
+        self._check_open()
+        arrived_s = time.monotonic()
+        params = params or SamplingParams()
+        tokens = prompt_tokens(self.model, prompt)
+        limit = sequence_limit(
+            len(tokens),
+            params,
+            context_tokens=self.model.config.context_tokens,
+            hbm_tokens=self._hbm_tokens,
+        )
+        if params.n > self._max_batch:
+            raise RequestError(f"n is {params.n}; the engine's max_batch is {self._max_batch}")
+        self._arrivals += 1
+        leader = TokenSequence(self.namespace, tokens, arrival=self._arrivals, width=params.n)
+        return Request(
+            leader, params, self.model.tokenizer, limit_tokens=limit, arrived_s=arrived_s
+        )
+
+    def _enqueue(self, request: Request) -> None:
+        self._inboxes[request.request_id] = deque()
+        self._loop.start(request)
+
+    def _read(self, request: Request) -> Iterator[Delta]:
+        """The deltas of an enqueued request, computing until the last one is there."""
+        inbox = self._inboxes[request.request_id]
+        while True:
+            while inbox:
+                delta = inbox.popleft()
+                yield delta
+                if delta.usage is not None:
+                    return
+            self._check_open()
+            if request.request_id not in self._loop.requests:
+                return  # aborted meanwhile
+            self._advance()
+
+    def _advance(self) -> None:
+        """One step; its deltas go to whoever reads them."""
+        for delta in self._loop.advance():
+            inbox = self._inboxes.get(delta.request_id)
+            (self._undelivered if inbox is None else inbox).append(delta)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the engine is closed")
+
+
+def namespace_of(model: LoadedModel, *, block_tokens: int, salt: str = "") -> Namespace:
+    """What the blocks of this model are stored under."""
+    config = model.config
+    return Namespace(
+        model=config.name,
+        weights=model.weights_fingerprint,
+        tokenizer=model.tokenizer_fingerprint,
+        kv_dtype=str(model.decoder.dtype).removeprefix("torch."),
+        layers=config.layers,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        block_tokens=block_tokens,
+        rope=config.rope.canonical(),
+        salt=salt_digest(salt),
+    )
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16
+    if name not in TORCH_DTYPE:
+        raise SettingsError(f"dtype {name!r} is not one of auto, {', '.join(TORCH_DTYPE)}")
+    return TORCH_DTYPE[name]

@@ -1,0 +1,196 @@
+"""The loop under the engine: one step computes a batch, and moves blocks around it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+
+from torch import Tensor
+
+from kvstore.engine.batch import Batch, SequenceSpan
+from kvstore.engine.model import Decoder
+from kvstore.engine.offload import Offload
+from kvstore.engine.output import Delta, EngineStats
+from kvstore.engine.request import Request
+from kvstore.engine.sampling import Sampler, draw_all
+from kvstore.engine.scheduler import Piece, Scheduler
+from kvstore.engine.sequence import Phase, TokenSequence
+from kvstore.errors import InvariantError
+from kvstore.planner import LinearCost
+from kvstore.store import BlockStore
+from kvstore.tiers.hbm import HbmTier
+
+# Waiting sequences whose blocks the store is told to bring into RAM.
+LOOKAHEAD_SEQUENCES = 8
+
+
+class Loop:
+    """Runs requests over one decoder and one HBM tier. Belongs to one thread."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        hbm: HbmTier,
+        store: BlockStore | None,
+        *,
+        max_batch: int,
+        chunk_tokens: int,
+    ) -> None:
+        self.hbm = hbm
+        self.requests: dict[int, Request] = {}  # not finished, by id
+        self._decoder = decoder
+        self._prefill_cost = LinearCost()
+        self._scheduler = Scheduler(
+            hbm.pool, max_batch=max_batch, chunk_tokens=chunk_tokens, demote=self._demote
+        )
+        self._offload: Offload | None = None
+        if store is not None:
+            self._offload = Offload(store, hbm, self._scheduler, self._prefill_cost)
+        self._counters: Counter[str] = Counter()
+
+    def start(self, request: Request) -> None:
+        self.requests[request.request_id] = request
+        self._scheduler.add(request.leader)
+
+    def abort(self, request_id: int) -> None:
+        """Drop a request and free its blocks; nothing happens when there is none of this id."""
+        request = self.requests.pop(request_id, None)
+        if request is None:
+            return
+        for sequence in request.unfinished():
+            if self._offload is not None:
+                self._offload.cancel(sequence)
+            self._scheduler.remove(sequence)
+
+    def advance(self) -> list[Delta]:
+        """One step: at most one token for each sequence. Waits only when all is being loaded."""
+        self._admit()
+        step = self._scheduler.plan()
+        if not step.pieces:
+            if self._offload is not None:
+                self._offload.wait()
+            return []
+        self.hbm.duplicate(step.copies)
+        finishing = [piece.sequence for piece in step.pieces if _finishes(piece)]
+        began_s = time.monotonic()
+        tokens = iter(self._draw(finishing, self._forward(step.pieces)))
+        self._observe(step.pieces, time.monotonic() - began_s)
+        for piece in step.pieces:
+            self._scheduler.advance(piece)
+            if self._offload is not None:
+                self._offload.offer(piece.sequence)
+        deltas = []
+        for sequence in finishing:
+            siblings = self._scheduler.fork(sequence)
+            self.requests[sequence.order[0]].sequences += siblings
+            deltas += [self._accept(s, next(tokens)) for s in (sequence, *siblings)]
+        return deltas
+
+    def stats(self) -> EngineStats:
+        pool, running = self.hbm.pool, self._scheduler.running
+        counters = self._counters + (Counter() if self._offload is None else self._offload.counters)
+        return EngineStats(
+            waiting=len(self._scheduler.waiting),
+            loading=sum(s.phase is Phase.LOADING for s in running),
+            running=sum(s.phase is Phase.RUNNING for s in running),
+            hbm_blocks=pool.blocks,
+            hbm_used_blocks=pool.used_blocks,
+            hbm_cached_blocks=pool.cached_blocks,
+            preemptions=self._scheduler.preemptions,
+            counters=dict(counters),
+        )
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError where scheduler, pool and requests contradict each other."""
+        self._scheduler.check_invariants()
+        queued = {s.order[0] for s in (*self._scheduler.waiting, *self._scheduler.running)}
+        if queued != self.requests.keys():
+            raise InvariantError(f"requests {self.requests.keys() ^ queued} are lost, or undead")
+
+    def close(self) -> None:
+        """Abort all requests and let go of the weights and the KV."""
+        for request_id in list(self.requests):
+            self.abort(request_id)
+        del self._decoder, self.hbm.kv
+
+    def _admit(self) -> None:
+        scheduler, offload = self._scheduler, self._offload
+        while (sequence := scheduler.admit()) is not None:
+            if offload is not None:
+                offload.begin(sequence)
+        if offload is not None:
+            if offload.loading:
+                offload.poll(others_run=any(s.phase is Phase.RUNNING for s in scheduler.running))
+            offload.prefetch(islice(scheduler.waiting, LOOKAHEAD_SEQUENCES))
+
+    def _forward(self, pieces: Sequence[Piece]) -> Tensor:
+        """Logits [finishing pieces, vocab] of the tokens that come next."""
+        spans, tokens, rows, end = [], [], [], 0
+        for piece in pieces:
+            sequence, start = piece.sequence, piece.sequence.computed_tokens
+            spans.append(SequenceSpan(piece.tokens, start, sequence.block_table))
+            tokens.append(sequence.tokens[start : start + piece.tokens])
+            end += piece.tokens
+            if _finishes(piece):
+                rows.append(end - 1)
+        batch = Batch.build(
+            spans,
+            tokens,
+            block_tokens=self.hbm.layout.block_tokens,
+            logits_rows=rows,
+            device=self.hbm.kv.device,
+        )
+        return self._decoder.forward(batch, self.hbm.kv)
+
+    def _draw(self, sequences: Sequence[TokenSequence], logits: Tensor) -> list[int]:
+        """The next token of each sequence, and of each sibling that it is about to have."""
+        samplers: list[Sampler] = []
+        rows: list[int] = []
+        for row, sequence in enumerate(sequences):
+            generations = self.requests[sequence.order[0]].generations
+            own = generations[sequence.index : sequence.index + sequence.width]
+            samplers += [generation.sampler for generation in own]
+            rows += [row] * len(own)
+        return draw_all(samplers, logits[rows] if len(rows) > len(sequences) else logits)
+
+    def _accept(self, sequence: TokenSequence, token: int) -> Delta:
+        """A sequence has its next token: pass it on, and see whether it was the last."""
+        request = self.requests[sequence.order[0]]
+        generation = request.generations[sequence.index]
+        sequence.append(token)
+        text = generation.push(token, last=len(sequence.tokens) >= request.limit_tokens)
+        now_s = time.monotonic()
+        request.completion_tokens += 1
+        request.first_token_s = request.first_token_s or now_s
+        usage = None
+        if generation.finish_reason is not None:
+            self._scheduler.remove(sequence)
+            if request.finished:
+                usage = request.usage(now_s)
+                del self.requests[request.request_id]
+                self._counters["finished_requests"] += 1
+                self._counters.update({f"{s}_tokens": n for s, n in request.sources.items()})
+        return Delta(
+            request.request_id, sequence.index, text, (token,), generation.finish_reason, usage
+        )
+
+    def _demote(self, sequence: TokenSequence) -> None:
+        if self._offload is not None:
+            self._offload.demote(sequence)
+
+    def _observe(self, pieces: Sequence[Piece], elapsed_s: float) -> None:
+        """Learn the speed of prefill from a step that was one."""
+        if all(piece.tokens == 1 for piece in pieces):
+            return
+        tokens = sum(piece.tokens for piece in pieces)
+        positions = sum(
+            piece.tokens * (piece.sequence.computed_tokens + piece.tokens / 2) for piece in pieces
+        )
+        self._prefill_cost.observe(tokens, positions, elapsed_s)
+
+
+def _finishes(piece: Piece) -> bool:
+    """Whether the next token of the sequence can be drawn once the piece is computed."""
+    return piece.tokens == piece.sequence.pending_tokens

@@ -1,0 +1,75 @@
+"""The HBM tier: paged KV tensors on the engine's device, and the blocks in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvstore.errors import SettingsError
+from kvstore.layout import BlockLayout
+from kvstore.tiers.block_pool import BlockPool
+
+TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class HbmTier:
+    """As many blocks as fit into `capacity_bytes`, allocated once.
+
+    `kv` is `[kv_heads, layers, 2, blocks * block_tokens, head_dim]`: block b is
+    the tokens `[b * block_tokens, (b + 1) * block_tokens)`, and in C order its
+    bytes are the canonical block. Belongs to one thread, the engine's loop. On
+    a CPU the tensor is plain memory.
+    """
+
+    def __init__(
+        self, layout: BlockLayout, capacity_bytes: int, device: torch.device | str = "cpu"
+    ) -> None:
+        blocks = capacity_bytes // layout.block_bytes
+        if blocks < 1:
+            raise SettingsError(
+                f"hbm_bytes {capacity_bytes} is less than one block of {layout.block_bytes} bytes"
+            )
+        self.layout = layout
+        self.pool = BlockPool(blocks)
+        heads, layers, pair, tokens, head_dim = layout.shape
+        # Zeros and not garbage: what is masked out of attention must still be a number.
+        self.kv: Tensor = torch.zeros(
+            (heads, layers, pair, blocks * tokens, head_dim),
+            dtype=TORCH_DTYPE[layout.dtype],
+            device=device,
+        )
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self.pool.blocks * self.layout.block_tokens
+
+    def duplicate(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, `(source, target)`, in this order: copy on write."""
+        for source, target in copies:
+            self._block(target).copy_(self._block(source))
+
+    def write_out(self, blocks: Sequence[int], views: Sequence[memoryview]) -> None:
+        """Copy blocks to `views`, `block_bytes` each, in canonical layout."""
+        for block, view in zip(blocks, views, strict=True):
+            self._canonical(view)[:] = self._bytes(block)
+
+    def read_in(self, blocks: Sequence[int], views: Sequence[memoryview]) -> None:
+        """Fill blocks from `views`, `block_bytes` each, in canonical layout."""
+        for block, view in zip(blocks, views, strict=True):
+            self._bytes(block)[:] = self._canonical(view)
+
+    def _block(self, block: int) -> Tensor:
+        tokens = self.layout.block_tokens
+        return self.kv[:, :, :, block * tokens : (block + 1) * tokens]
+
+    def _bytes(self, block: int) -> NDArray[np.uint8]:
+        """The bytes of a block in the tensor, `[kv_heads, layers, 2, tokens, head]`."""
+        bytes_: NDArray[np.uint8] = self._block(block).view(torch.uint8).numpy()
+        return bytes_
+
+    def _canonical(self, view: memoryview) -> NDArray[np.uint8]:
+        return np.frombuffer(view, dtype=np.uint8).reshape(*self.layout.shape[:4], -1)
