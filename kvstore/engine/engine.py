@@ -125,18 +125,25 @@ class Engine:
             for request in requests:
                 self.abort(request.request_id)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> Iterator[Delta]:
         """The answer to one prompt, delta by delta as it is computed.
 
-        Raises RequestError at once when it cannot be served. Closing the
-        iterator before its end aborts the request.
+        `progress` is called with (tokens in HBM, all tokens) of the prompt after
+        each step before the first delta. Raises RequestError at once when the
+        prompt cannot be served. Closing the iterator before its end aborts the request.
         """
         request = self._request(prompt, params)
 
         def deltas() -> Iterator[Delta]:
             self._enqueue(request)
             try:
-                yield from self._read(request)
+                yield from self._read(request, progress)
             finally:
                 self.abort(request.request_id)
 
@@ -223,7 +230,7 @@ class Engine:
         self._inboxes[request.request_id] = deque()
         self._loop.start(request)
 
-    def _read(self, request: Request) -> Iterator[Delta]:
+    def _read(self, request: Request, progress: Progress | None = None) -> Iterator[Delta]:
         """The deltas of an enqueued request, computing until the last one is there."""
         inbox = self._inboxes[request.request_id]
         while True:
@@ -236,6 +243,8 @@ class Engine:
             if request.request_id not in self._loop.requests:
                 return  # aborted meanwhile
             self._advance()
+            if progress is not None and not request.completion_tokens:
+                progress(request.leader.computed_tokens, request.leader.prompt_tokens)
 
     def _advance(self) -> None:
         """One step; its deltas go to whoever reads them."""
