@@ -148,12 +148,12 @@ class Sampler:
 def _nucleus(weights: Tensor, candidates: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
     """The fewest of the likeliest tokens whose probability together reaches `top_p`."""
     wanted = top_p * weights.sum()
+    ordered = weights
     if candidates is None:
+        # Sorting the whole vocabulary takes milliseconds, and is hardly ever needed.
         ordered, candidates = weights.topk(min(NUCLEUS_CANDIDATES, len(weights)))
-        if ordered.sum() < wanted:
-            ordered, candidates = weights.sort(descending=True, stable=True)
-    else:
-        ordered = weights
+        while ordered.sum() < wanted and len(ordered) < len(weights):
+            ordered, candidates = weights.topk(min(16 * len(ordered), len(weights)))
     # A token is in when what is before it does not reach the wanted mass yet.
     kept = int((ordered.cumsum(0) - ordered < wanted).sum())
     return ordered[:kept], candidates[:kept]
