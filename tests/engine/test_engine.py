@@ -1,43 +1,19 @@
-"""The engine without a store: batches, chunks, siblings, preemption, streaming, bounds.
-
-`greedy` below computes the same answers the slow way: one sequence, one
-contiguous run of blocks, nothing shared, and the whole prompt in one pass.
-"""
+"""The engine without a store: batches, chunks, siblings, preemption, streaming, bounds."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
-from kvstore.engine.batch import Batch, SequenceSpan
 from kvstore.engine.engine import Engine
 from kvstore.engine.loading import LoadedModel
 from kvstore.engine.output import Delta
 from kvstore.engine.sampling import SamplingParams
 from kvstore.errors import ClosedError, RequestError, SettingsError
-
-BLOCK_TOKENS = 4
-# Long and short, alike at the beginning and not, one of exactly two blocks, one of one token.
-PROMPTS: list[list[int]] = [
-    [i * 7 % 256 for i in range(50)],
-    [i * 7 % 256 for i in range(30)] + [9] * 8,
-    [200, 3, 17],
-    [5] * 8,
-    [77],
-    [i * 31 % 256 for i in range(71)],
-    [i * 7 % 256 for i in range(50)],
-    [250, 251],
-]
-GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
-
-
-def block_bytes(model: LoadedModel, tokens: int = BLOCK_TOKENS) -> int:
-    c = model.config
-    return c.kv_heads * c.layers * 2 * tokens * c.head_dim * 4
+from tests.engine.reference import BLOCK_TOKENS, GREEDY, PROMPTS, block_bytes
 
 
 @pytest.fixture
@@ -55,24 +31,6 @@ def make(tiny: LoadedModel) -> Iterator[Any]:
         one.check_invariants()
         assert one.stats().hbm_used_blocks == 0
         one.close()
-
-
-@pytest.fixture(scope="module")
-def expected(tiny: LoadedModel) -> list[tuple[int, ...]]:
-    return [greedy(tiny, prompt, 24) for prompt in PROMPTS]
-
-
-def greedy(model: LoadedModel, prompt: Sequence[int], count: int) -> tuple[int, ...]:
-    c = model.config
-    slots = len(prompt) + count
-    kv = torch.zeros(c.kv_heads, c.layers, 2, slots, c.head_dim)
-    tokens, done = list(prompt), 0
-    while len(tokens) < slots:
-        span = SequenceSpan(len(tokens) - done, done, range(slots))
-        batch = Batch.build([span], [tokens[done:]], block_tokens=1)
-        done = len(tokens)
-        tokens.append(int(model.decoder.forward(batch, kv).argmax()))
-    return tuple(tokens[len(prompt) :])
 
 
 @pytest.mark.parametrize("max_batch", [1, 8])
