@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvstore.engine.rope import Rope, rope_from_gguf, rope_from_hf
 from kvstore.errors import ModelError
 
-# Hugging Face `model_type` (and GGUF `general.architecture`) -> what its attention adds.
-# Mistral files say "llama" in GGUF; SmolLM2 says "llama" in both.
+# Hugging Face `model_type`. SmolLM2 says "llama"; in a GGUF so does Mistral.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -107,9 +106,15 @@ def config_from_hf(fields: Mapping[str, Any], name: str) -> ModelConfig:
 
 
 def config_from_gguf(
-    metadata: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, tuple[int, ...]],
+    rope_factors: Sequence[float] | None = None,
 ) -> ModelConfig:
-    """Read GGUF metadata; `tensors` maps tensor names to shapes (rows first)."""
+    """Read GGUF metadata; `tensors` maps tensor names to shapes (rows first).
+
+    `rope_factors` is the content of the tensor rope_freqs, by which Llama 3 files
+    say how RoPE is scaled.
+    """
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ModelError(_unknown(str(architecture)))
@@ -124,6 +129,9 @@ def config_from_gguf(
         window = metadata.get(f"{architecture}.attention.sliding_window")
         if window and window < context:
             raise ModelError(_window(window, context))
+        rope = rope_from_gguf(metadata, architecture, int(key_length))
+        if rope_factors is not None:
+            rope = rope.with_factors(rope_factors)
         return ModelConfig(
             name=str(metadata.get("general.name", "gguf")),
             architecture=architecture,
@@ -136,7 +144,7 @@ def config_from_gguf(
             head_dim=int(key_length),
             context_tokens=context,
             norm_eps=float(field("attention.layer_norm_rms_epsilon")),
-            rope=rope_from_gguf(metadata, architecture, int(key_length)),
+            rope=rope,
             tied_embeddings="output.weight" not in tensors,
             qkv_bias="blk.0.attn_q.bias" in tensors,
             output_bias="blk.0.attn_output.bias" in tensors,
