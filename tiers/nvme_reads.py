@@ -1,0 +1,123 @@
+"""Reading batches of blocks from an NVMe slab, and doubting every one of them."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kvstore.allocator import align_up
+from kvstore.codec import codec
+from kvstore.errors import CodecError
+from kvstore.frame import checksum
+from kvstore.tier import Miss, ReadRequest, ReadResult, Record
+from kvstore.tiers.blockfile import Block
+from kvstore.tiers.nvme_slab import Slab
+
+
+class _Read(NamedTuple):
+    """A block that is there, pinned, and about to be read."""
+
+    number: int  # of the request
+    row: int
+    record: Record
+    block: Block
+
+
+def read_blocks(slab: Slab, requests: Sequence[ReadRequest], now_s: float) -> list[ReadResult]:
+    """Identity first, then bytes, then checksum. Blocks; runs in a worker thread.
+
+    A checksum is compared, and a codec undone, while other blocks are on their way.
+    """
+    results: list[ReadResult | None] = [None] * len(requests)
+    reads = _begin(slab, requests, results)
+    broken: list[int] = []
+    served: list[_Read] = []
+    unread = 0
+
+    def arrived(place: int, error: int) -> None:
+        nonlocal unread
+        read = reads[place]
+        if not error and _is_sound(read, requests[read.number].buffer):
+            results[read.number] = ReadResult(read.record, None)
+            served.append(read)
+            return
+        unread += error != 0
+        results[read.number] = ReadResult(None, Miss.CHECKSUM)
+        broken.append(read.row)
+
+    try:
+        slab.file.read([read.block for read in reads], arrived)
+    finally:
+        _end(slab, reads, served, now_s)
+    if broken:
+        slab.drop(broken)
+    with slab.lock:
+        counters = slab.counters
+        counters["read_blocks"] += len(served)
+        counters["read_bytes"] += sum(read.record.stored_bytes for read in served)
+        counters["unreadable_blocks"] += unread
+        for result in results:
+            if result is not None and result.miss is not None:
+                counters[f"misses_{result.miss.value}"] += 1
+    return [result or ReadResult(None, Miss.CHECKSUM) for result in results]
+
+
+def _begin(
+    slab: Slab, requests: Sequence[ReadRequest], results: list[ReadResult | None]
+) -> list[_Read]:
+    """Find and pin the blocks that are there and are what was asked for."""
+    table = slab.table
+    found: list[tuple[int, int, Record, int]] = []
+    with slab.lock:
+        rows = table.find([request.key for request in requests])
+        for number, (request, row) in enumerate(zip(requests, rows, strict=True)):
+            if row is None:
+                evicted = table.slots.was_evicted(request.key)
+                results[number] = ReadResult(None, Miss.EVICTED if evicted else Miss.ABSENT)
+                continue
+            record = table.record(row)
+            if record.namespace != request.namespace or record.raw_bytes != request.raw_bytes:
+                results[number] = ReadResult(None, Miss.IDENTITY)
+                continue
+            found.append((number, row, record, table.slots.index.offset.item(row)))
+        table.slots.pin(np.array([row for _, row, _, _ in found], dtype=np.int64))
+    encoded = [record.stored_bytes for _, _, record, _ in found if record.codec != "raw"]
+    scratch = memoryview(mmap.mmap(-1, sum(map(align_up, encoded)))) if encoded else memoryview(b"")
+    reads = []
+    start = 0
+    for number, row, record, offset in found:
+        if record.codec == "raw":
+            buffer = requests[number].buffer.cast("B")[: record.raw_bytes]
+        else:
+            buffer = scratch[start : start + align_up(record.stored_bytes)]
+            start += len(buffer)
+        reads.append(_Read(number, row, record, Block(offset, buffer)))
+    return reads
+
+
+def _is_sound(read: _Read, out: memoryview) -> bool:
+    """Whether the bytes are those that were written; then the caller's buffer holds the block."""
+    record = read.record
+    stored = read.block.buffer[: record.stored_bytes]
+    if checksum(stored) != record.checksum:
+        return False
+    if record.codec == "raw":
+        return True
+    try:
+        # Decoding asks the bytes themselves for the element's size; any dtype will do.
+        codec(record.codec, "bfloat16").decode(stored, out.cast("B")[: record.raw_bytes])
+    except CodecError:
+        return False
+    return True
+
+
+def _end(slab: Slab, reads: Sequence[_Read], served: Sequence[_Read], now_s: float) -> None:
+    """Give the pins back. What was condemned meanwhile goes now."""
+    rows = np.array([read.row for read in reads], dtype=np.int64)
+    with slab.lock:
+        slab.table.touch([read.row for read in served], now_s)
+        condemned = slab.table.unpin(rows, now_s)
+    slab.release(condemned)

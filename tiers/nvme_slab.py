@@ -1,0 +1,189 @@
+"""The open state of an NVMe tier: bytes, records and table, and the order in which they change."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import lmdb
+
+from kvstore.errors import DirectoryError, InvariantError
+from kvstore.identity import Namespace
+from kvstore.index import State
+from kvstore.policy import Rows
+from kvstore.tiers.blockfile import BlockFile
+from kvstore.tiers.driver import Driver
+from kvstore.tiers.nvme_directory import Directory, Sizes
+from kvstore.tiers.nvme_records import Durability, Put, RecordError, RecordFile
+from kvstore.tiers.nvme_table import BlockTable, Written
+
+log = logging.getLogger(__name__)
+
+
+class Slab:
+    """Shared by reads and writes, which run in several threads.
+
+    `lock` guards `table`, `counters` and `failure`, for microseconds. `commits` lets
+    one LMDB transaction run at a time, is taken first, and is held across I/O.
+    A block comes: bytes, record, table. It goes: table, record, extent.
+    """
+
+    def __init__(
+        self, path: Path, capacity_bytes: int, durability: Durability, driver: Driver
+    ) -> None:
+        """Open or create; blocks while the table is rebuilt. The driver is borrowed.
+
+        Raises DirectoryError and SettingsError, see `Directory`.
+        """
+        self.sizes = Sizes.of(capacity_bytes)
+        self.durability = durability
+        self.lock = threading.Lock()
+        self.commits = threading.Lock()
+        self.counters: Counter[str] = Counter()
+        self.failure: str | None = None  # why nothing is written any more
+        self.table = BlockTable(self.sizes.slab_bytes, self.sizes.max_blocks)
+        with ExitStack() as undo:
+            self._directory = undo.enter_context(Directory(path, create=True))
+            try:
+                self._directory.check_room(capacity_bytes)
+                self.records = self._open_records()
+                undo.callback(self.records.close)
+                self.file = BlockFile(self._directory.slab, driver)
+                undo.callback(self.file.close)
+                self._restore()
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    room_bytes = self._directory.allocated_bytes()
+                    raise self._directory.too_large(capacity_bytes, room_bytes) from error
+                raise DirectoryError(f"{path} cannot be used: {error.strerror}") from error
+            except lmdb.Error as error:
+                raise DirectoryError(f"{path}: the records cannot be kept: {error}") from error
+            undo.pop_all()
+        self.namespaces: dict[bytes, Namespace] = self.records.namespaces()
+
+    def _open_records(self) -> RecordFile:
+        path = self._directory.records
+        held_bytes = path.stat().st_size if path.exists() else 0
+        # A file from a larger capacity is read as it is, and shrunk when its blocks are known.
+        map_bytes = max(self.sizes.map_bytes, held_bytes)
+        try:
+            return RecordFile(path, map_bytes, self.durability)
+        except lmdb.Error as error:
+            self._give_up(path, error)
+            return RecordFile(path, self.sizes.map_bytes, self.durability)
+
+    def _give_up(self, path: Path, error: Exception) -> None:
+        log.warning("%s is damaged (%s): its blocks are given up", path, error)
+        self.counters["record_files_lost"] += 1
+        path.unlink()
+
+    def _restore(self) -> None:
+        try:
+            offsets, records = self.records.load()
+        except lmdb.Error as error:
+            self.records.close()
+            self._give_up(self.records.path, error)
+            self.records = RecordFile(self.records.path, self.sizes.map_bytes, self.durability)
+            offsets, records = self.records.load()
+        dropped = self.table.load(offsets, records)
+        self.counters["dropped_records"] += len(dropped)
+        if dropped:
+            self.records.delete(dropped)
+        if self.records.path.stat().st_size > self.sizes.map_bytes:
+            self.records.shrink(self.sizes.map_bytes)
+        # Only now: the bytes beyond a smaller slab's end belong to no record any more.
+        self.file.resize(self.sizes.slab_bytes)
+
+    # ---- changes, called from worker threads
+
+    def publish(self, batch: Sequence[Written], written_today: tuple[int, int]) -> None:
+        """Make blocks whose bytes are in the slab durable and visible.
+
+        What someone else published first is dropped. On `RecordError` nothing is
+        visible, and the rows are free again. `written_today` is the day and its
+        bytes, to be kept with the records.
+        """
+        if self.durability == "sync":
+            self.file.sync()
+        with self.commits:
+            with self.lock:
+                held = self.table.slots.find([written.record.key for written in batch])
+            fresh: dict[bytes, Written] = {}
+            late: list[int] = []
+            for written, row in zip(batch, held, strict=True):
+                if row is not None or fresh.setdefault(written.record.key, written) is not written:
+                    late.append(written.row)
+            puts = [Put(written.offset, written.packed) for written in fresh.values()]
+            try:
+                self.records.put(puts, written_today)
+            except RecordError:
+                with self.lock:
+                    self.table.abandon([written.row for written in batch])
+                raise
+            with self.lock:
+                self.table.abandon(late)
+                self.table.publish(list(fresh.values()))
+
+    def release(self, rows: Rows) -> None:
+        """EVICTING rows: first their records go, and only then their extents are free.
+
+        When the records cannot be changed the extents stay taken for good, and the
+        tier takes no more blocks.
+        """
+        if not len(rows):
+            return
+        with self.commits:
+            with self.lock:
+                offsets = self.table.slots.index.offset[rows].tolist()
+            try:
+                self.records.delete(offsets)
+            except RecordError as error:
+                self.fail("records", error)
+                return
+            with self.lock:
+                self.table.slots.free(rows)
+
+    def drop(self, rows: Iterable[int]) -> None:
+        """Remove resident blocks; those being read go when the last reader is done."""
+        with self.lock:
+            evicting = self.table.condemn(rows)
+        self.release(evicting)
+
+    def fail(self, reason: str, error: Exception | str) -> None:
+        """Stop writing: the medium refuses. What is there is still served."""
+        with self.lock:
+            self.counters[f"failures_{reason}"] += 1
+            if self.failure is None:
+                self.failure = reason
+                log.error("%s: %s; nothing is written here any more", self._directory.path, error)
+
+    def close(self) -> None:
+        """Write down what was used, and let go of everything. No reads or writes may run."""
+        try:
+            with self.lock:
+                puts = self.table.touched()
+            if puts:
+                self.records.put(puts)
+        except RecordError as error:
+            log.warning("%s: order of use is not kept: %s", self._directory.path, error)
+        finally:
+            self.records.close()
+            self.file.close()
+            self._directory.close()
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError unless table and LMDB agree. No reads or writes may run."""
+        with self.commits, self.lock:
+            self.table.check_invariants()
+            index = self.table.slots.index
+            offsets, records = self.records.load()
+            resident = index.state == State.RESIDENT
+            if set(offsets) != set(index.offset[resident].tolist()) and self.failure is None:
+                raise InvariantError("the records on the disk are not those of the table")
+            if not records.intact.all():
+                raise InvariantError("a record on the disk is damaged")

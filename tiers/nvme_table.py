@@ -1,0 +1,248 @@
+"""What an NVMe tier knows of its blocks in memory: slots, and beside each row its record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.errors import InvariantError
+from kvstore.frame import CODEC_NUMBERS, RECORD_DTYPE, Records, checksum, names, pack_record
+from kvstore.hashing import Key
+from kvstore.index import State
+from kvstore.policy import Rows
+from kvstore.slots import Batch, SlotTable, StoredBlocks
+from kvstore.tier import Record
+from kvstore.tiers.nvme_records import Put
+
+_CODEC_NAMES = {number: name for name, number in CODEC_NUMBERS.items()}
+_SEAL_OFFSET = RECORD_DTYPE.fields["seal"][1] if RECORD_DTYPE.fields else 0
+
+
+class Written(NamedTuple):
+    """A block whose bytes are in the slab: what there is to publish."""
+
+    row: int
+    offset: int
+    record: Record
+    packed: bytes
+
+
+class BlockTable:
+    """A `SlotTable` bounded in rows as well, with the whole record of each block.
+
+    Priority and expiry are the slot table's; all else of a record is here, as it
+    stands on the disk. Not thread-safe; no I/O.
+    """
+
+    def __init__(self, slab_bytes: int, max_blocks: int) -> None:
+        self.slots = SlotTable(slab_bytes)
+        self.max_blocks = max_blocks
+        self._reserved = 0
+        self._records: NDArray[np.void] = np.zeros(0, RECORD_DTYPE)
+        self._touched: NDArray[np.bool_] = np.zeros(0, dtype=bool)
+        self._doomed: set[int] = set()  # deleted or damaged while someone was reading them
+        self._fit()
+
+    def load(self, offsets: Sequence[int], records: Records) -> list[int]:
+        """Fill an empty table with what was found on the disk.
+
+        Returns the offsets whose records must go: damaged, out of place, beyond
+        the slab's end, in each other's way, or too many (the least recently used).
+        """
+        rows = records.rows
+        places = np.array(offsets, dtype=np.int64)
+        end = rows["offset"] + rows["stored_bytes"]
+        sound = records.intact & (rows["offset"] == places.astype(np.uint64)) & (places >= 0)
+        sound &= (rows["has_checksum"] == 1) & (rows["raw_bytes"] > 0)
+        sound &= (rows["stored_bytes"] > 0) & (end <= self.slots.space.capacity_bytes)
+        order = np.flatnonzero(sound)
+        order = order[np.argsort(rows["last_use_s"][order], kind="stable")]
+        order = _last_of_each(order, names(rows["key"][order]))[-self.max_blocks :]
+        found = rows[order]
+        kept = np.array(
+            self.slots.load(
+                StoredBlocks(
+                    keys=names(found["key"]),
+                    parents=names(found["parent"]),
+                    namespaces=names(found["namespace"]),
+                    offsets=found["offset"].astype(np.int64),
+                    nbytes=found["stored_bytes"].astype(np.int64),
+                    priorities=found["priority"],
+                    expires_s=found["expires_s"],
+                )
+            ),
+            dtype=bool,
+        )
+        self._fit()
+        self._records[: kept.sum()] = found[kept]
+        gone = np.ones(len(places), dtype=bool)
+        gone[order[kept]] = False
+        dropped: list[int] = places[gone].tolist()
+        return dropped
+
+    # ---- finding
+
+    def find(self, keys: Sequence[Key]) -> list[int | None]:
+        """Row of each block that may be served."""
+        rows = self.slots.find(keys)
+        if self._doomed:
+            return [None if row in self._doomed else row for row in rows]
+        return rows
+
+    def record(self, row: int) -> Record:
+        fields = self._records[row].item()
+        _, codec, _, _, start, heads, raw, stored, _, digest, created, used, _, *identity, _ = (
+            fields
+        )
+        namespace, key, parent = identity
+        index = self.slots.index
+        return Record(
+            namespace=namespace,
+            key=key,
+            parent=parent,
+            raw_bytes=raw,
+            shard_start=start,
+            shard_heads=heads,
+            codec=_CODEC_NAMES[codec],
+            stored_bytes=stored,
+            checksum=digest,
+            created_s=created,
+            last_use_s=used,
+            priority=index.priority.item(row),
+            expires_s=index.expires_s.item(row),
+        )
+
+    def touch(self, rows: Sequence[int], now_s: float) -> None:
+        """These blocks were used."""
+        array = np.array(rows, dtype=np.int64)
+        self.slots.touch(array)
+        self._records["last_use_s"][array] = now_s
+        self._touched[array] = True
+
+    # ---- the life of a block
+
+    def reserve(self, nbytes: int, count: int) -> Rows:
+        """Up to `count` rows of `nbytes`, from what is free."""
+        room = self.max_blocks - len(self.slots) - self._reserved
+        rows = self.slots.reserve(nbytes, max(0, min(count, room)))
+        self._reserved += len(rows)
+        self._fit()
+        return rows
+
+    def abandon(self, rows: Sequence[int]) -> None:
+        """RESERVED -> FREE."""
+        self._reserved -= len(rows)
+        self.slots.free(np.array(rows, dtype=np.int64))
+
+    def publish(self, batch: Sequence[Written]) -> None:
+        """RESERVED -> RESIDENT. The keys must be distinct, and none resident."""
+        groups: dict[tuple[bytes, int], list[Written]] = {}
+        for written in batch:
+            group = (written.record.namespace, written.record.priority)
+            groups.setdefault(group, []).append(written)
+        for (namespace, priority), members in groups.items():
+            rows = np.array([member.row for member in members], dtype=np.int64)
+            records = [member.record for member in members]
+            keys = [record.key for record in records]
+            parents = [record.parent for record in records]
+            won = self.slots.commit(rows, Batch(namespace, keys, parents, priority))
+            if not all(won):
+                raise InvariantError("a block was published twice")
+            self._reserved -= len(rows)
+            self._records[rows] = np.frombuffer(
+                b"".join(member.packed for member in members), RECORD_DTYPE
+            )
+            self._touched[rows] = False
+            for row, record in zip(rows.tolist(), records, strict=True):
+                if record.expires_s:
+                    self.slots.expire_at(np.array([row], dtype=np.int64), record.expires_s)
+
+    def victims(self, nbytes: int, count: int, priority: int, now_s: float, keep: set[int]) -> Rows:
+        """Evict what has no better claim, to make room for `count` blocks of `nbytes`.
+
+        At least one if there is one at all, be it bytes or rows that are short.
+        """
+        return self.slots.victims(nbytes, count, priority, now_s, keep)
+
+    def condemn(self, rows: Iterable[int]) -> Rows:
+        """RESIDENT -> EVICTING, where nobody is reading; the others follow with `unpin`."""
+        distinct = sorted(set(rows))
+        pins = self.slots.index.pins
+        free = [row for row in distinct if not pins[row]]
+        self._doomed.update(row for row in distinct if pins[row])
+        array = np.array(free, dtype=np.int64)
+        self.slots.evict(array)
+        return array
+
+    def unpin(self, rows: Rows, now_s: float) -> Rows:
+        """End a read. Returns rows now EVICTING because they were condemned meanwhile."""
+        self.slots.unpin(rows, now_s)
+        if not self._doomed:
+            return np.zeros(0, dtype=np.int64)
+        pins = self.slots.index.pins
+        over = {row for row in rows.tolist() if row in self._doomed and not pins[row]}
+        self._doomed -= over
+        return self.condemn(over)
+
+    # ---- what is to be written down
+
+    def retain(
+        self, rows: Sequence[int], priority: int, expires_s: float, now_s: float
+    ) -> list[Put]:
+        """Set priority and expiry (0: never); returns the records to write down."""
+        array = np.array(rows, dtype=np.int64)
+        self.slots.retain(array, priority, 0.0, now_s)
+        if expires_s:
+            self.slots.expire_at(array, expires_s)
+        return [self._put(row) for row in rows]
+
+    def touched(self) -> list[Put]:
+        """Records that were used since they were last written down."""
+        rows = np.flatnonzero(self._touched & (self.slots.index.state == State.RESIDENT))
+        self._touched[:] = False
+        sealed = self._records[rows]
+        puts = []
+        for offset, data in zip(self.slots.index.offset[rows].tolist(), sealed, strict=True):
+            fields = data.tobytes()[:_SEAL_OFFSET]
+            puts.append(Put(offset, fields + checksum(fields).to_bytes(8, "little")))
+        return puts
+
+    def _put(self, row: int) -> Put:
+        offset = self.slots.index.offset.item(row)
+        packed = pack_record(self.record(row), offset)
+        self._records[row] = np.frombuffer(packed, RECORD_DTYPE)[0]
+        return Put(offset, packed)
+
+    def _fit(self) -> None:
+        """Give the records as many rows as the index has."""
+        missing = len(self.slots.index.state) - len(self._records)
+        if missing > 0:
+            self._records = np.concatenate([self._records, np.zeros(missing, RECORD_DTYPE)])
+            self._touched = np.concatenate([self._touched, np.zeros(missing, dtype=bool)])
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError where slots and records contradict each other."""
+        self.slots.check_invariants()
+        index = self.slots.index
+        reserved = int((index.state == State.RESERVED).sum())
+        if reserved != self._reserved or len(self.slots) + reserved > self.max_blocks:
+            raise InvariantError(f"{reserved} rows reserved, {self._reserved} by count")
+        for key, row in index.rows_by_key.items():
+            record = self.record(row)
+            if record.key != key or record.namespace != self.slots.namespace(row):
+                raise InvariantError(f"the record of row {row} is of another block")
+            if record.stored_bytes != index.nbytes[row]:
+                raise InvariantError(f"row {row} holds {index.nbytes[row]} bytes, not as recorded")
+        if any(not index.pins[row] for row in self._doomed):
+            raise InvariantError("a condemned block is still there, and nobody reads it")
+
+
+def _last_of_each(order: NDArray[np.int64], keys: Sequence[Key]) -> NDArray[np.int64]:
+    """`order` without the earlier ones of those whose keys are the same."""
+    last = {key: place for place, key in enumerate(keys)}
+    if len(last) == len(keys):
+        return order
+    return order[sorted(last.values())]
