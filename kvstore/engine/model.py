@@ -11,7 +11,7 @@ from torch.nn.functional import linear, rms_norm, silu
 from kvstore.engine.batch import Batch
 from kvstore.engine.checkpoint import Checkpoint, Progress
 from kvstore.engine.config import ModelConfig
-from kvstore.kernels.paged_attention import paged_attention
+from kvstore.kernels.paged_attention import PagedAttention, Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ class Decoder:
         self._head = head
         cos, sin = config.rope.tables(config.context_tokens)
         self._cos, self._sin = cos.to(self.device), sin.to(self.device)
+        self._workspace = Workspace(self.device)
 
     @classmethod
     def load(
@@ -112,6 +113,7 @@ class Decoder:
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]
         cos, sin = cos.to(self.dtype)[:, None], sin.to(self.dtype)[:, None]
         rows = hidden.shape[0]
+        attend = PagedAttention(batch.spans, kv, heads=c.heads, block_tokens=batch.block_tokens, workspace=self._workspace)
         for number, layer in enumerate(self._layers):
             x = self._rms(hidden, layer.input_norm)
             q, k, v = linear(x, layer.qkv, layer.qkv_bias).split(
@@ -125,8 +127,8 @@ class Decoder:
             kv[:, number, 1].index_copy_(
                 1, batch.slots, v.view(rows, c.kv_heads, c.head_dim).transpose(0, 1)
             )
-            attended = paged_attention(q, kv, number, batch.spans, batch.block_tokens)
-            hidden = hidden + linear(attended.flatten(1), layer.output, layer.output_bias)
+            attended = attend(q.flatten(1).float(), number).to(self.dtype)
+            hidden = hidden + linear(attended, layer.output, layer.output_bias)
             x = self._rms(hidden, layer.post_norm)
             gate, up = linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
             hidden = hidden + linear(silu(gate) * up, layer.down, layer.down_bias)
