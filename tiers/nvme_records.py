@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import lmdb
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.frame import Records, unpack_records
 from kvstore.identity import Namespace
@@ -61,7 +63,14 @@ class RecordFile:
         self._env = lmdb.open(
             str(path), subdir=False, readonly=True, lock=False, create=False, max_dbs=3
         )
-        self._open_databases(create=False)
+        try:
+            pages = self._env.info()["last_pgno"] + 1
+            if pages * self._env.stat()["psize"] > path.stat().st_size:
+                raise lmdb.CorruptedError(f"{path.name} is cut off")
+            self._open_databases(create=False)
+        except BaseException:
+            self._env.close()
+            raise
         return self
 
     def _open(self, map_bytes: int) -> None:
@@ -96,11 +105,15 @@ class RecordFile:
 
     # ---- reading
 
-    def load(self) -> tuple[list[int], Records]:
+    def load(self) -> tuple[NDArray[np.uint64], Records]:
         """Every record, by offset: the offset it stands under, and the record itself."""
-        with self._env.begin(db=self._records, buffers=False) as txn:
+        with self._env.begin(db=self._records) as txn:
             pairs = list(txn.cursor())
-        offsets = [_OFFSET.unpack(key)[0] if len(key) == 8 else -1 for key, _ in pairs]
+        if any(len(key) != _OFFSET.size for key, _ in pairs):
+            raise lmdb.CorruptedError(
+                f"{self.path.name} has a record under a key of another length"
+            )
+        offsets = np.frombuffer(b"".join(key for key, _ in pairs), ">u8").astype(np.uint64)
         return offsets, unpack_records([value for _, value in pairs])
 
     def namespaces(self) -> dict[bytes, Namespace]:

@@ -183,7 +183,10 @@ class Slab:
             index = self.table.slots.index
             offsets, records = self.records.load()
             resident = index.state == State.RESIDENT
-            if set(offsets) != set(index.offset[resident].tolist()) and self.failure is None:
+            if (
+                set(offsets.tolist()) != set(index.offset[resident].tolist())
+                and self.failure is None
+            ):
                 raise InvariantError("the records on the disk are not those of the table")
             if not records.intact.all():
                 raise InvariantError("a record on the disk is damaged")

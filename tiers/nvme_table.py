@@ -46,18 +46,18 @@ class BlockTable:
         self._doomed: set[int] = set()  # deleted or damaged while someone was reading them
         self._fit()
 
-    def load(self, offsets: Sequence[int], records: Records) -> list[int]:
+    def load(self, offsets: NDArray[np.uint64], records: Records) -> list[int]:
         """Fill an empty table with what was found on the disk.
 
         Returns the offsets whose records must go: damaged, out of place, beyond
         the slab's end, in each other's way, or too many (the least recently used).
         """
         rows = records.rows
-        places = np.array(offsets, dtype=np.int64)
-        end = rows["offset"] + rows["stored_bytes"]
-        sound = records.intact & (rows["offset"] == places.astype(np.uint64)) & (places >= 0)
-        sound &= (rows["has_checksum"] == 1) & (rows["raw_bytes"] > 0)
-        sound &= (rows["stored_bytes"] > 0) & (end <= self.slots.space.capacity_bytes)
+        capacity = self.slots.space.capacity_bytes
+        sound = records.intact & (rows["offset"] == offsets) & (rows["has_checksum"] == 1)
+        sound &= (rows["raw_bytes"] > 0) & (rows["stored_bytes"] > 0)
+        # One by one: the sum of absurd numbers would wrap around.
+        sound &= (rows["offset"] < capacity) & (rows["stored_bytes"] <= capacity)
         order = np.flatnonzero(sound)
         order = order[np.argsort(rows["last_use_s"][order], kind="stable")]
         order = _last_of_each(order, names(rows["key"][order]))[-self.max_blocks :]
@@ -78,9 +78,9 @@ class BlockTable:
         )
         self._fit()
         self._records[: kept.sum()] = found[kept]
-        gone = np.ones(len(places), dtype=bool)
+        gone = np.ones(len(offsets), dtype=bool)
         gone[order[kept]] = False
-        dropped: list[int] = places[gone].tolist()
+        dropped: list[int] = offsets[gone].tolist()
         return dropped
 
     # ---- finding
