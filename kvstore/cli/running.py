@@ -1,0 +1,119 @@
+"""An engine over a store, as the settings say, for as long as a command runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvstore.cli.console import progress
+from kvstore.cli.model_package import fetch_demo_model
+from kvstore.errors import KVStoreError, ModelError
+from kvstore.quantities import format_time
+
+if TYPE_CHECKING:
+    from kvstore.engine.engine import Engine
+    from kvstore.engine.output import Output, Usage
+    from kvstore.engine.prompts import Prompt
+    from kvstore.engine.sampling import SamplingParams
+    from kvstore.settings import Settings
+
+
+def model_path(model: str | None) -> Path:
+    """The folder or file that `model` names; `smollm2` is fetched. Raises ModelError."""
+    if model is None:
+        raise ModelError(
+            "which model? give --model a Hugging Face folder, a .gguf file, or the word smollm2"
+        )
+    path = Path(model).expanduser()
+    if model == "smollm2" and not path.exists():
+        return fetch_demo_model()
+    if not path.exists():
+        raise ModelError(f"there is no model at {path}")
+    return path
+
+
+@contextmanager
+def engine_extra() -> Iterator[None]:
+    """Around imports that need torch and its company: says how to get them."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("kvstore"):
+            raise
+        raise KVStoreError(
+            f"this needs {error.name}, which is not installed: pip install 'kvstore[engine]'"
+        ) from error
+
+
+def sampling_params(**asked: Any) -> SamplingParams:
+    """Raises RequestError for values that make no sense."""
+    with engine_extra():
+        from kvstore.engine.sampling import SamplingParams
+    return SamplingParams(**asked)
+
+
+@contextmanager
+def running_engine(settings: Settings) -> Iterator[Engine]:
+    """Open the store, load the model, and close both at the end, whatever happens.
+
+    Raises InputError for what a person can mend.
+    """
+    path = model_path(settings.engine.model)
+    with engine_extra():
+        from kvstore.engine.engine import Engine
+    from kvstore import compose
+
+    asked = settings.engine
+    with compose.open(settings) as store:
+        with progress(f"Loading {path.name}") as report:
+            engine = Engine.from_pretrained(
+                path,
+                store=store,
+                dtype=asked.dtype,
+                hbm_bytes=asked.hbm_bytes,
+                block_tokens=asked.block_tokens,
+                max_batch=asked.max_batch,
+                prefill_chunk_tokens=asked.prefill_chunk_tokens,
+                salt=settings.tenant.salt,
+                progress=report,
+            )
+        with engine:
+            yield engine
+
+
+def answer(
+    engine: Engine, prompt: Prompt, params: SamplingParams, write: Callable[[str], object]
+) -> Output:
+    """Generate; `write` gets the text of the first completion piece by piece."""
+    from kvstore.engine.output import assemble
+
+    with progress("Reading the prompt") as report:
+        stream = engine.stream(prompt, params, progress=report)
+        first = next(stream)
+    deltas = []
+    for delta in itertools.chain([first], stream):
+        deltas.append(delta)
+        if delta.index == 0:
+            write(delta.text)
+    return assemble(deltas)
+
+
+def summary(usage: Usage) -> str:
+    """One line: where the prompt came from, and how fast it went."""
+    parts = {
+        "HBM": usage.hbm_tokens,
+        "RAM": usage.ram_tokens,
+        "NVMe": usage.nvme_tokens,
+        "remote": usage.remote_tokens,
+        "computed": usage.recomputed_tokens,
+    }
+    came = ", ".join(f"{tokens} {place}" for place, tokens in parts.items() if tokens)
+    decode_s = usage.total_s - usage.ttft_s
+    rate = f", {(usage.completion_tokens - 1) / decode_s:.1f} tokens/s" if decode_s > 0 else ""
+    return (
+        f"{usage.prompt_tokens} prompt tokens ({came}), first token after "
+        f"{format_time(usage.ttft_s)}, then {usage.completion_tokens - 1} more{rate}"
+    )

@@ -1,0 +1,51 @@
+"""The composition root: settings -> tiers -> store. The one place that names concrete tiers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvstore.hub import Bounds
+from kvstore.settings import Settings
+from kvstore.sources import override
+from kvstore.store import BlockStore
+from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.ram import RamTier
+
+
+def open(settings: Settings | None = None, **overrides: Any) -> BlockStore:
+    """A store, as the settings say: RAM, and NVMe below it where `nvme_path` is given.
+
+        store = kvstore.open(ram_bytes="1 GiB", nvme_path="/mnt/cache", nvme_bytes="10 GiB")
+
+    Overrides are settings by name: `ram_bytes`, `nvme_codec`, `store_deadline_s`;
+    `kvstore settings` lists them. Neither files nor the environment are read; for
+    that give `kvstore.sources.load()` as `settings`. The caller closes the store
+    (it is a context manager). Opening an NVMe directory reads its records.
+
+    Raises SettingsError for sizes that cannot be, DirectoryError for a directory
+    that may not be used, is in use, or is of a newer format.
+    """
+    chosen = override(settings, overrides)
+    bounds = Bounds(**chosen.store.model_dump())
+    nvme = _open_nvme(chosen)
+    try:
+        return BlockStore(RamTier(chosen.ram.capacity_bytes), nvme, bounds=bounds)
+    except BaseException:
+        if nvme is not None:
+            nvme.close_now()
+        raise
+
+
+def _open_nvme(settings: Settings) -> NvmeTier | None:
+    asked = settings.nvme
+    if asked.path is None:
+        return None
+    return NvmeTier(
+        asked.path,
+        asked.capacity_bytes,
+        durability=asked.durability,
+        codec=asked.codec,
+        admission=asked.admission,
+        daily_write_bytes=asked.daily_write_bytes,
+        driver=asked.driver,
+    )
