@@ -11,6 +11,7 @@ from kvstore.errors import ModelError
 
 # Hugging Face `model_type`. SmolLM2 says "llama"; in a GGUF so does Mistral.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def config_from_hf(fields: Mapping[str, Any], name: str) -> ModelConfig:
     """Read a parsed `config.json`. Raises ModelError on what this decoder does not do."""
     architecture = fields.get("model_type")
     if architecture not in ARCHITECTURES:
-        raise ModelError(_unknown(str(architecture)))
+        raise ModelError(_unknown(str(architecture), ARCHITECTURES))
     if fields.get("quantization_config"):
         raise ModelError("quantised safetensors are not supported; use the bf16 folder or a GGUF")
     if fields.get("hidden_act", "silu") != "silu":
@@ -115,9 +116,9 @@ def config_from_gguf(
     `rope_factors` is the content of the tensor rope_freqs, by which Llama 3 files
     say how RoPE is scaled.
     """
-    architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise ModelError(_unknown(str(architecture)))
+    architecture = str(metadata.get("general.architecture"))
+    if architecture not in GGUF_ARCHITECTURES:
+        raise ModelError(_unknown(architecture, GGUF_ARCHITECTURES))
 
     def field(name: str) -> Any:
         return metadata[f"{architecture}.{name}"]
@@ -125,6 +126,10 @@ def config_from_gguf(
     try:
         heads, hidden = int(field("attention.head_count")), int(field("embedding_length"))
         key_length = metadata.get(f"{architecture}.attention.key_length", hidden // heads)
+        if metadata.get(f"{architecture}.attention.value_length", key_length) != key_length:
+            raise ModelError("heads whose K and V differ in size are not supported")
+        if metadata.get(f"{architecture}.expert_count"):
+            raise ModelError("mixtures of experts are not supported")
         context = int(field("context_length"))
         window = metadata.get(f"{architecture}.attention.sliding_window")
         if window and window < context:
@@ -151,7 +156,7 @@ def config_from_gguf(
             mlp_bias="blk.0.ffn_down.bias" in tensors,
             qk_norm="blk.0.attn_q_norm.weight" in tensors,
         )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ModelError(f"GGUF metadata cannot be used: {error!r}") from error
 
 
@@ -165,11 +170,9 @@ def _refuse_sliding_window(fields: Mapping[str, Any], context: int) -> None:
         raise ModelError(_window(window, context))
 
 
-def _unknown(architecture: str) -> str:
-    return f"architecture {architecture!r} is not supported; these are: {', '.join(ARCHITECTURES)}"
+def _unknown(architecture: str, known: tuple[str, ...]) -> str:
+    return f"architecture {architecture!r} is not supported; these are: {', '.join(known)}"
 
 
 def _window(window: int, context: int) -> str:
-    return (
-        f"sliding-window attention is not supported (window {window} < context {context} tokens)"
-    )
+    return f"sliding-window attention is not supported (window {window} < context {context} tokens)"

@@ -41,6 +41,8 @@ class Rope:
         """The same rotation with frequency i divided by `factors[i]` (GGUF's rope_freqs)."""
         if len(factors) != self.dim // 2:
             raise ModelError(f"{len(factors)} RoPE factors for {self.dim // 2} frequencies")
+        if self.scaling != "none":
+            raise ModelError(f"RoPE factors on top of scaling {self.scaling!r} are not supported")
         return replace(self, scaling="factors", factors=tuple(factors))
 
     def frequencies(self) -> Tensor:
@@ -100,7 +102,7 @@ def rope_from_gguf(metadata: Mapping[str, Any], architecture: str, dim: int) -> 
     theta = float(metadata.get(prefix + "freq_base", 10_000.0))
     if int(metadata.get(prefix + "dimension_count", dim)) != dim:
         raise ModelError("RoPE over a part of the head (rope.dimension_count) is not supported")
-    kind = metadata.get(prefix + "scaling.type", "none")
+    kind = metadata.get(prefix + "scaling.type", "linear")
     factor = float(metadata.get(prefix + "scaling.factor", 1.0))
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return Rope(theta, dim)
