@@ -162,17 +162,16 @@ class Lease:
             self._hub.orphans.append(lost.release)
 
     def _ready_locked(self) -> int:
-        pending = self._pending
-        while pending and pending[0][1].done:
-            position, fill = pending[0]
+        while self._pending and self._pending[0][1].done:
+            position, fill = self._pending[0]
             if fill.miss is not None:
                 self.cut_locked(position, fill.miss)
             else:
                 self._rows[position] = fill.row
-                pending.popleft()
-        if pending and self._hub.clock.monotonic_s() >= self._deadline_s:
-            self.cut_locked(pending[0][0], Miss.DEADLINE)
-        return pending[0][0] if pending else len(self._rows)
+                self._pending.popleft()
+        if self._pending and self._hub.clock.monotonic_s() >= self._deadline_s:
+            self.cut_locked(self._pending[0][0], Miss.DEADLINE)
+        return self._pending[0][0] if self._pending else len(self._rows)
 
     def cut_locked(self, position: int, miss: Miss) -> None:
         """End the lease before block `position`; lock held."""
