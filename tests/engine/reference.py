@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from kvstore.engine.batch import Batch, SequenceSpan
+from kvstore.engine.engine import Engine
 from kvstore.engine.loading import LoadedModel
+from kvstore.engine.output import Delta, Output, Usage
 from kvstore.engine.sampling import SamplingParams
+from kvstore.store import BlockStore
 
 BLOCK_TOKENS = 4
 # Long and short, alike at the beginning and not, one of exactly two blocks, one of one token.
@@ -23,6 +28,9 @@ PROMPTS: list[list[int]] = [
     [250, 251],
 ]
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
+
+
+LONG = PROMPTS[0]  # 12 blocks that can be found, and 2 tokens more
 
 
 def block_bytes(model: LoadedModel, tokens: int = BLOCK_TOKENS) -> int:
@@ -42,3 +50,40 @@ def greedy(model: LoadedModel, prompt: Sequence[int], count: int) -> tuple[int, 
         done = len(tokens)
         tokens.append(int(model.decoder.forward(batch, kv).argmax()))
     return tuple(tokens[len(prompt) :])
+
+
+SOURCES = ("hbm_tokens", "ram_tokens", "nvme_tokens", "remote_tokens", "recomputed_tokens")
+
+
+@contextmanager
+def engine_over(
+    model: LoadedModel, store: BlockStore | None, *, blocks: int = 256, **options: Any
+) -> Iterator[Engine]:
+    """An engine with an HBM of `blocks` blocks, found in order and empty of sequences after."""
+    options = {"block_tokens": BLOCK_TOKENS, "prefill_chunk_tokens": 16, **options}
+    with Engine(model, store=store, hbm_bytes=blocks * block_bytes(model), **options) as engine:
+        yield engine
+        engine.check_invariants()
+        assert engine.stats().hbm_used_blocks == 0
+    if store is not None:
+        store.check_invariants()
+
+
+def sources(usage: Usage) -> tuple[int, ...]:
+    """Prompt tokens from hbm, ram, nvme, remote, and recomputed."""
+    return tuple(getattr(usage, source) for source in SOURCES)
+
+
+def drain(engine: Engine) -> list[Delta]:
+    """All that the requests made by hand still give."""
+    deltas = []
+    while engine.busy:
+        deltas += engine.step()
+    return deltas
+
+
+def check(outputs: Sequence[Output], expected: Sequence[tuple[int, ...]]) -> None:
+    """The right tokens, and every prompt token accounted for."""
+    assert [output.token_ids for output in outputs] == list(expected)
+    for output in outputs:
+        assert sum(sources(output.usage)) == output.usage.prompt_tokens
