@@ -107,9 +107,9 @@ class _Vocabulary:
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self._metadata = metadata
         self.tokens: list[str] = _strings(metadata, "tokenizer.ggml.tokens")
-        types = metadata.get("tokenizer.ggml.token_type")
-        self.types: Sequence[int] = types or [_NORMAL] * len(self.tokens)
-        if len(self.types) != len(self.tokens):
+        plain = [_NORMAL] * len(self.tokens)
+        self.types: Sequence[int] = metadata.get("tokenizer.ggml.token_type", plain)
+        if not isinstance(self.types, list) or len(self.types) != len(self.tokens):
             raise ModelError("tokenizer.ggml.token_type is not as long as tokenizer.ggml.tokens")
 
     def by_text(self) -> dict[str, int]:
@@ -135,7 +135,7 @@ class _Vocabulary:
 
 def _byte_bpe(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> tuple[Backend, bool]:
     """The tokenizer, and whether files of its kind ask for a BOS when they say nothing."""
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = str(metadata.get("tokenizer.ggml.pre", "default"))
     split = _SPLITS.get(name)
     if split is None:
         raise ModelError(
@@ -161,6 +161,8 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> 
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
         raise ModelError("tokenizer.ggml.scores is not as long as tokenizer.ggml.tokens")
+    if not all(isinstance(score, float) for score in scores):
+        raise ModelError("tokenizer.ggml.scores has entries that are not numbers")
     unknown = vocabulary.added(_UNKNOWN, special=True)
     backend = _backend(
         vocabulary,

@@ -38,10 +38,11 @@ def load(
     Raises ModelError, one line, when there is no model that this decoder can run.
     """
     checkpoint = open_checkpoint(Path(path))
+    tokenizer = checkpoint.tokenizer()  # first: what is wrong with it shows before the long part
     return LoadedModel(
         decoder=Decoder.load(checkpoint, dtype, torch.device(device), progress),
         config=checkpoint.config,
-        tokenizer=checkpoint.tokenizer(),
+        tokenizer=tokenizer,
         weights_fingerprint=checkpoint.weights_fingerprint(),
         tokenizer_fingerprint=checkpoint.tokenizer_fingerprint(),
     )

@@ -31,8 +31,8 @@ class Tokenizer:
     ) -> None:
         """`special` maps names such as "bos_token" to their text, for the chat template."""
         self._backend = backend
-        self._chat_template = chat_template
-        self._special = dict(special or {})
+        self.chat_template = chat_template
+        self.special = dict(special or {})
         self.eos_token_ids = frozenset(eos_token_ids)
 
     @classmethod
@@ -43,6 +43,10 @@ class Tokenizer:
         except Exception as error:  # the Rust side raises plain Exception
             raise ModelError(f"the tokenizer cannot be read: {error}") from error
         return cls(backend, **options)
+
+    def to_json(self) -> str:
+        """The content of a tokenizer.json."""
+        return self._backend.to_str()
 
     @property
     def vocab_size(self) -> int:
@@ -65,7 +69,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._chat_template is not None
+        return self.chat_template is not None
 
     def render_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
@@ -74,14 +78,15 @@ class Tokenizer:
 
         Encode the result with `add_special_tokens=False`: the template writes its own.
         """
-        if self._chat_template is None:
+        if self.chat_template is None:
             raise RequestError("this model has no chat template; give it a plain prompt")
         try:
-            return self._template.render(
+            text: str = self._template.render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
-                **self._special,
+                **self.special,
             )
+            return text
         except TemplateError as error:
             raise RequestError(f"the chat template refused the messages: {error}") from error
 
@@ -93,7 +98,7 @@ class Tokenizer:
         )
         environment.globals["raise_exception"] = _raise_exception
         try:
-            return environment.from_string(self._chat_template or "")
+            return environment.from_string(self.chat_template or "")
         except TemplateError as error:
             raise ModelError(f"the chat template cannot be used: {error}") from error
 

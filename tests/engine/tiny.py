@@ -96,9 +96,14 @@ def _weights(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     return weights
 
 
+def byte_tokens() -> list[str]:
+    """The tokens of all 256 bytes, in the order of their ids."""
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
 def _tokenizer() -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    vocabulary = {token: i for i, token in enumerate(byte_tokens())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
