@@ -8,7 +8,6 @@ them. Pure and single-threaded: the owner holds the lock.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,18 +59,26 @@ class ExtentAllocator:
             offsets.extend(range(start, start + taken, size))
         return offsets
 
-    def free(self, extents: Iterable[tuple[int, int]]) -> None:
-        """Give back `(offset, nbytes)` extents, each given out by `allocate` or `claim`."""
-        run_start = run_end = -1
-        for offset, nbytes in sorted(extents):
-            if offset == run_end:
-                run_end += align_up(nbytes)
-                continue
-            if run_end >= 0:
-                self._give_back(run_start, run_end)
-            run_start, run_end = offset, offset + align_up(nbytes)
-        if run_end >= 0:
-            self._give_back(run_start, run_end)
+    def free(self, offsets: NDArray[np.int64], nbytes: NDArray[np.int64]) -> None:
+        """Give back extents, each given out by `allocate` or `claim`.
+
+        Raises InvariantError, and takes none of the batch, where two of them overlap.
+        """
+        if not len(offsets):
+            return
+        order = np.argsort(offsets)
+        starts = offsets[order]
+        ends = starts + -(-nbytes[order] // ALIGN_BYTES) * ALIGN_BYTES
+        if (starts[1:] < ends[:-1]).any():
+            raise InvariantError("two extents that were to be freed overlap")
+        breaks = np.flatnonzero(starts[1:] != ends[:-1])
+        runs = zip(
+            [int(starts[0]), *starts[breaks + 1].tolist()],
+            [*ends[breaks].tolist(), int(ends[-1])],
+            strict=True,
+        )
+        for start, end in runs:
+            self._give_back(start, end)
 
     def claim(self, offsets: NDArray[np.int64], nbytes: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Take these extents out of an allocator that is wholly free: for restarts.
@@ -81,8 +88,10 @@ class ExtentAllocator:
         """
         if self.free_bytes != self.capacity_bytes:
             raise InvariantError("claim() is for an allocator that has given nothing out")
-        ends = offsets + -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
         taken: NDArray[np.bool_] = (offsets >= 0) & (offsets % ALIGN_BYTES == 0) & (nbytes > 0)
+        # Each against the capacity first: sums of absurd numbers would wrap around.
+        taken &= (offsets <= self.capacity_bytes) & (nbytes <= self.capacity_bytes)
+        ends = np.where(taken, offsets + -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES, 0)
         taken &= ends <= self.capacity_bytes
         order = np.flatnonzero(taken)
         order = order[np.argsort(offsets[order], kind="stable")]

@@ -41,8 +41,6 @@ for _start, _ends in LEGAL_MOVES.items():
     for _end in _ends:
         _LEGAL[_start, _end] = True
 
-NO_ENTRY: tuple[int, int] = (-1, -1)
-
 
 class Index:
     """Rows, their states, and which key is in which row.
@@ -64,6 +62,7 @@ class Index:
         self.ttl_s: NDArray[np.float64] = np.zeros(rows)
         self.expires_s: NDArray[np.float64] = np.zeros(rows)
         self.rank: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
+        self._mark: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         self._free = list(range(rows - 1, -1, -1))
 
     def __len__(self) -> int:
@@ -87,15 +86,32 @@ class Index:
 
     def move(self, rows: Rows, to: State) -> None:
         """Move all rows, or raise IllegalMoveError and move none."""
+        self.check_move(rows, to)
+        self.state[rows] = to
+
+    def check_move(self, rows: Rows, to: State) -> None:
+        """Raise IllegalMoveError unless every row may go to `to`, and none stands there twice."""
         legal = _LEGAL[self.state[rows], to]
         if not legal.all():
             row = int(rows[int(np.argmin(legal))])
             raise IllegalMoveError(
                 f"row {row} cannot go from {State(self.state[row]).name} to {to.name}"
             )
-        if to is not State.RESERVED and (self.pins[rows] != 0).any():
-            raise IllegalMoveError(f"a pinned row cannot become {to.name}")
-        self.state[rows] = to
+        if to is State.EVICTING and (self.pins[rows] != 0).any():
+            raise IllegalMoveError("a pinned row cannot be evicted")
+        if not self.are_distinct(rows):
+            raise IllegalMoveError(f"a row was to become {to.name} twice")
+
+    def check_resident(self, rows: Rows) -> None:
+        """Raise IllegalMoveError unless every row is resident."""
+        if (self.state[rows] != State.RESIDENT).any():
+            raise IllegalMoveError("a row is not resident")
+
+    def are_distinct(self, rows: Rows) -> bool:
+        """Whether no row stands in `rows` twice."""
+        order = np.arange(len(rows))
+        self._mark[rows] = order
+        return bool((self._mark[rows] == order).all())
 
     def find(self, keys: Sequence[Key]) -> list[int | None]:
         """Row of each resident key. No side effect."""
@@ -120,6 +136,8 @@ class Index:
         for key, row in self.rows_by_key.items():
             if self.keys[row] != key or self.state[row] != State.RESIDENT:
                 raise InvariantError(f"key {key.hex()} points to row {row}, which is not its own")
+        if sum(key is not None for key in self.keys) != len(resident):
+            raise InvariantError("a row that is not resident has a key")
         free = np.flatnonzero(self.state == State.FREE)
         if sorted(self._free) != free.tolist():
             raise InvariantError("the list of free rows and the states disagree")

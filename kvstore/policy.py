@@ -25,7 +25,7 @@ class EvictionPolicy(Protocol):
         ...
 
     def touched(self, rows: Rows, ranks: Ranks) -> Ranks:
-        """New ranks of blocks that were used again; `ranks` are the old ones."""
+        """New ranks of blocks that were used again, none below its old one in `ranks`."""
         ...
 
 

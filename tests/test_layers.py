@@ -53,7 +53,7 @@ LAYERS = {
     "errors": Layer("errors", pure=True),
     "pure": Layer(
         "identity hashing layout allocator index policy retention planner codec slots "
-        "quantities answers breaker admission",
+        "quantities answers breaker admission eviction expiry rowheap",
         "errors",
         pure=True,
     ),
