@@ -46,8 +46,9 @@ def chat(name: str, system: str | None, sampling: dict[str, Any], settings: Sett
     """
     from kvstore.cli.console import note
     from kvstore.cli.conversation import Conversation
-    from kvstore.cli.running import running_engine, sampling_params
+    from kvstore.cli.running import limit_threads, running_engine, sampling_params
 
+    limit_threads(settings)
     params = sampling_params(**sampling)
     conversation = Conversation.open(name)
     model = settings.engine.model or conversation.model

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "-f",
     "--file",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     metavar="FILE",
     help="A text that is put before PROMPT.",
 )
@@ -53,9 +53,10 @@ def generate(
     git log | kvstore generate --model ./model.gguf --json
     """
     from kvstore.cli.console import note, print_json, show
-    from kvstore.cli.running import answer, running_engine, sampling_params, summary
+    from kvstore.cli.running import answer, limit_threads, running_engine, sampling_params, summary
 
     text = _prompt_text(prompt, file)
+    limit_threads(settings)
     params = sampling_params(n=n, **sampling)
     streaming = n == 1 and not as_json
     with running_engine(settings) as engine:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvstore.tiers.nvme_verify import DirectorySummary, Finding, NamespaceSummary
 
 directory_argument = click.argument(
-    "directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path)
+    "directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path, readable=False)
 )
 
 
@@ -63,7 +63,7 @@ def stat(directory: Path | None, settings: Settings, as_json: bool) -> None:
     kvstore stat ~/.cache/kvstore/blocks
     kvstore stat --json
     """
-    from kvstore.cli.console import out, print_json, show
+    from kvstore.cli.console import print_json, show
     from kvstore.tiers.nvme_verify import read_directory
 
     summary = read_directory(_chosen(directory, settings))
@@ -87,22 +87,14 @@ def stat(directory: Path | None, settings: Settings, as_json: bool) -> None:
     )
     if summary.damaged_records:
         show(f"{summary.damaged_records} damaged records; `kvstore verify` says more\n")
-    if not summary.namespaces:
-        return
-    from rich.table import Table
-
-    table = Table("namespace", "model", "KV", "tokens", "blocks", "size", box=None, pad_edge=False)
     for each in summary.namespaces:
         known = each.namespace
-        table.add_row(
-            each.fingerprint.hex(),
-            known.model if known else "unknown",
-            known.kv_dtype if known else "",
-            str(known.block_tokens * each.blocks) if known else "",
-            str(each.blocks),
-            format_size(each.stored_bytes),
+        model = f"{known.model}, {known.kv_dtype}" if known else "unknown model"
+        tokens = f"{known.block_tokens * each.blocks} tokens, " if known else ""
+        show(
+            f"{each.fingerprint.hex()}  {each.blocks} blocks, {tokens}"
+            f"{format_size(each.stored_bytes)}: {model}\n"
         )
-    out.print(table)
 
 
 @click.command(short_help="Check every byte of an NVMe directory.")
@@ -150,7 +142,7 @@ def verify(directory: Path | None, settings: Settings, as_json: bool) -> int:
         for finding in findings:
             key = finding.key.hex() if finding.key else "unknown block"
             show(f"{key} at offset {finding.offset}: {finding.problem}\n")
-        verdict = f"{len(findings)} things are wrong" if findings else "all is well"
+        verdict = f"problems: {len(findings)}" if findings else "all is well"
         show(f"{step.blocks} blocks, {format_size(step.stored_bytes)} read: {verdict}\n")
     return 1 if findings else 0
 
@@ -179,6 +171,7 @@ def _blocks(summary: DirectorySummary) -> Iterator[dict[str, Any]]:
             "parent": record["parent"].item().hex(),
             "namespace": fingerprint.hex(),
             "model": models.get(fingerprint),
+            "offset": int(record["offset"]),
             "codec": codecs[int(record["codec"])],
             "raw_bytes": int(record["raw_bytes"]),
             "stored_bytes": int(record["stored_bytes"]),

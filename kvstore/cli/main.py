@@ -53,7 +53,7 @@ def run(args: Sequence[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "kvstore"
-        return _fail(f"{error.format_message()} (see {path} --help)", BAD_INPUT)
+        return _fail(f"{error.format_message().rstrip('.')} (see {path} --help)", BAD_INPUT)
     except click.ClickException as error:
         return _fail(error.format_message(), BAD_INPUT)
     except InputError as error:

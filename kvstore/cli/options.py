@@ -52,7 +52,7 @@ def settings_options(*keys: str) -> Callable[[Callable[..., Any]], Callable[...,
 
 _config = click.option(
     "--config",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     metavar="FILE",
     help="Settings in TOML; otherwise ./kvstore.toml or ~/.config/kvstore/config.toml.",
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +36,12 @@ def model_path(model: str | None) -> Path:
     if not path.exists():
         raise ModelError(f"there is no model at {path}")
     return path
+
+
+def limit_threads(settings: Settings) -> None:
+    """To be called before torch is imported, which reads this once."""
+    if settings.engine.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(settings.engine.threads)
 
 
 @contextmanager
@@ -90,15 +99,48 @@ def answer(
     """Generate; `write` gets the text of the first completion piece by piece."""
     from kvstore.engine.output import assemble
 
-    with progress("Reading the prompt") as report:
-        stream = engine.stream(prompt, params, progress=report)
-        first = next(stream)
     deltas = []
-    for delta in itertools.chain([first], stream):
-        deltas.append(delta)
-        if delta.index == 0:
-            write(delta.text)
+    with _interrupted_between_steps() as check:
+        with progress("Reading the prompt") as report:
+
+            def read(tokens: int, total: int) -> None:
+                check()
+                report(tokens, total)
+
+            stream = engine.stream(prompt, params, progress=read)
+            first = next(stream)
+        with contextlib.closing(stream):
+            for delta in itertools.chain([first], stream):
+                deltas.append(delta)
+                if delta.index == 0:
+                    write(delta.text)
+                check()
     return assemble(deltas)
+
+
+@contextmanager
+def _interrupted_between_steps() -> Iterator[Callable[[], None]]:
+    """Ctrl-C takes effect when `check` is called, so that no step of the engine is cut in two.
+
+    A second Ctrl-C does not wait for that.
+    """
+    asked = False
+    before = signal.getsignal(signal.SIGINT)
+
+    def remember(_signal: int, _frame: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def summary(usage: Usage) -> str:

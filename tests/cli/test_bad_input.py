@@ -1,0 +1,181 @@
+"""Bad input: one clear line on stderr, nothing on stdout, exit status 2, never a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import kvstore as library
+from tests.cli.commands import Done, environment, fill, kvstore
+
+
+def refused(done: Done, *expected: str) -> None:
+    assert done.status == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    for text in expected:
+        assert text in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--ram-bytes", "12 potatoes"], "--ram-bytes = '12 potatoes': must be a size from 1 MiB"),
+        (["--nvme-bytes", "0"], "--nvme-bytes = '0': must be a size from 1 MiB"),
+        (["--nvme-path", "x", "--nvme-bytes", "900 TiB"], "--nvme-bytes = 900 TiB: more than the"),
+        (["--ram-bytes", "60 TiB"], "--ram-bytes = 60 TiB: more than the"),
+        (["--set", "nvme.codec=gzip"], "--set nvme.codec = 'gzip': must be one of raw, zstd"),
+        (["--set", "nvme.kodec=raw"], "--set nvme.kodec: no such setting; did you mean nvme.codec"),
+        (["--set", "nvme.codec"], "'nvme.codec' is not KEY=VALUE"),
+        (["--config", "absent.toml"], "absent.toml: cannot be read: No such file or directory"),
+        (["--config", "."], ".: cannot be read: Is a directory"),
+        (["--colour"], "No such option '--colour' (see kvstore settings --help)"),
+    ],
+)
+def test_settings(home: Path, args: list[str], expected: str) -> None:
+    refused(kvstore(home, "settings", *args), expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[ram\ncapacity_bytes = 1", "kvstore.toml: not valid TOML: "),
+        ("[ram]\nsize = 1", "kvstore.toml: ram.size: no such setting"),
+        ('[ram]\ncapacity_bytes = "12 potatoes"', "kvstore.toml: ram.capacity_bytes = '12 pot"),
+    ],
+)
+def test_a_toml_file_in_the_working_directory(home: Path, text: str, expected: str) -> None:
+    (home / "kvstore.toml").write_text(text)
+    refused(kvstore(home, "ls"), expected)
+
+
+def test_the_environment(home: Path) -> None:
+    done = kvstore(home, "settings", KVSTORE_RAM__CAPACITY_BYTES="much")
+    refused(done, "KVSTORE_RAM__CAPACITY_BYTES = 'much': must be a size")
+
+
+def test_an_unknown_command(home: Path) -> None:
+    refused(kvstore(home, "generat"), "No such command 'generat'", "kvstore --help")
+
+
+def test_what_cannot_be_a_model(here: Callable[..., Done], home: Path) -> None:
+    (home / "notes.txt").write_text("not a model")
+    (home / "empty").mkdir()
+    (home / "bad.gguf").write_bytes(b"GGUF but not really")
+    for model, expected in (
+        ("nowhere", "there is no model at nowhere"),
+        ("notes.txt", "neither a model folder nor a .gguf file"),
+        ("empty", "empty"),
+        ("bad.gguf", "bad.gguf"),
+    ):
+        refused(here("generate", "--model", model, "hello"), expected)
+    refused(here("generate", "hello"), "which model?", "--model")
+
+
+def test_what_cannot_be_a_prompt(here: Callable[..., Done], home: Path, model: Path) -> None:
+    def generate(*args: str | Path) -> Done:
+        return here("generate", "--model", model, *args)
+
+    (home / "latin.txt").write_bytes(b"caf\xe9")
+    refused(generate("x" * 20_000), "the prompt has 20000 tokens", "context of 16384")
+    refused(generate("--hbm-bytes", "1 MiB", "x" * 5000), "the prompt has 5000 tokens", "hbm_bytes")
+    refused(generate(""), "there is no prompt")
+    refused(generate("--file", "absent.txt"), "absent.txt: cannot be read: No such file")
+    refused(generate("--file", "latin.txt"), "latin.txt: not a text in UTF-8")
+    refused(generate("--temperature", "-1", "hello"), "temperature must not be negative")
+    refused(generate("--max-tokens", "many", "hello"), "'many' is not a valid integer")
+    refused(generate("-n", "9", "hello"), "n is 9")
+
+
+def test_a_directory_in_use_by_another_process(here: Callable[..., Done], tmp_path: Path) -> None:
+    holder = (
+        "import sys, kvstore\n"
+        "with kvstore.open(ram_bytes='1 MiB', nvme_path=sys.argv[1], nvme_bytes='8 MiB'):\n"
+        "    print('open', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    blocks = tmp_path / "blocks"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(blocks)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        for command in ("ls", "stat", "verify"):
+            refused(here(command, blocks), f"{blocks} is in use by process {other.pid}")
+        asked = ("--model", tmp_path, "--nvme-path", blocks, "--nvme-bytes", "8 MiB", "hello")
+        refused(here("generate", *asked), f"{blocks} is in use by process {other.pid}")
+    assert here("ls", blocks).status == 0
+
+
+def test_a_directory_of_a_newer_format(here: Callable[..., Done], tmp_path: Path) -> None:
+    blocks = tmp_path / "blocks"
+    with library.open(ram_bytes="1 MiB", nvme_path=blocks, nvme_bytes="8 MiB") as store:
+        fill(store, 3)
+    format_file = blocks / "format"
+    format_file.write_text(format_file.read_text().replace("format 1", "format 2"))
+    before = {path.name: path.read_bytes() for path in blocks.iterdir()}
+    asked = ("--model", tmp_path, "--nvme-path", blocks, "--nvme-bytes", "8 MiB", "hello")
+    refused(here("generate", *asked), "newer kvstore (format 2")
+    refused(here("verify", blocks), "newer kvstore (format 2")
+    after = {path.name: path.read_bytes() for path in blocks.iterdir()}
+    assert {**after, "lock": b""} == {**before, "lock": b""}
+
+
+def test_directories_that_cannot_be_used(here: Callable[..., Done], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "pictures").mkdir()
+    for path, expected in (
+        (tmp_path / "file" / "blocks", "Not a directory"),
+        (tmp_path / "nowhere", "is not a kvstore NVMe directory"),
+        (tmp_path / "pictures", "is not a kvstore NVMe directory"),
+    ):
+        refused(here("ls", path), str(path), expected)
+    below = tmp_path / "file" / "blocks"
+    asked = ("--model", tmp_path, "--nvme-path", below, "--nvme-bytes", "8 MiB", "hello")
+    refused(here("generate", *asked), str(below), "Not a directory")
+    refused(here("stat"), "which directory?")
+
+
+def test_no_permission_on_the_directory(home: Path, tmp_path: Path) -> None:
+    """Root may open anything, so the command gives up its rights first."""
+    blocks = tmp_path / "blocks"
+    with library.open(ram_bytes="1 MiB", nvme_path=blocks, nvme_bytes="8 MiB"):
+        pass
+    blocks.chmod(0)
+    command = (
+        "import os, sys\n"
+        "from kvstore.cli import console, main\n"
+        "from kvstore.tiers import nvme_verify\n"
+        "from kvstore import sources\n"
+        "if os.getuid() == 0:\n"
+        "    os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
+        "sys.exit(main.run(['stat', sys.argv[1]]))\n"
+    )
+    # The way to it must be open for the check to be about the directory itself.
+    modes = {folder: folder.stat().st_mode for folder in blocks.parents}
+    closed = {folder: mode for folder, mode in modes.items() if not mode & 0o001}
+    try:
+        for folder, mode in closed.items():
+            folder.chmod(mode | 0o001)
+        done = subprocess.run(
+            [sys.executable, "-c", command, str(blocks)],
+            capture_output=True,
+            text=True,
+            cwd="/",
+            env=environment(home),
+            check=False,
+        )
+    finally:
+        for folder, mode in closed.items():
+            folder.chmod(mode)
+        blocks.chmod(0o700)
+    refused(Done(done.returncode, done.stdout, done.stderr), f"no permission to use {blocks}")

@@ -1,0 +1,86 @@
+"""`kvstore generate`: what it prints, where prompts come from, what a second run finds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.commands import Done, environment
+
+PROMPT = "It was a dark and stormy night; the rain fell in torrents. " * 4
+
+
+@pytest.fixture
+def generate(here: Callable[..., Done], model: Path) -> Callable[..., Done]:
+    return lambda *args: here("generate", "--model", model, "--max-tokens", "6", *args)
+
+
+def came_from(done: Done) -> dict[str, int]:
+    usage: dict[str, Any] = done.data["usage"]
+    places = ("hbm", "ram", "nvme", "remote", "recomputed")
+    tokens = {place: usage[f"{place}_tokens"] for place in places}
+    assert sum(tokens.values()) == usage["prompt_tokens"]
+    return tokens
+
+
+def test_the_text_is_what_json_says(generate: Callable[..., Done]) -> None:
+    plain, data = generate(PROMPT), generate(PROMPT, "--json")
+    assert plain.status == data.status == 0
+    assert plain.stderr == data.stderr == ""
+    (completion,) = data.data["completions"]
+    assert plain.stdout == completion["text"] + "\n"
+    assert len(completion["token_ids"]) == data.data["usage"]["completion_tokens"]
+
+
+def test_the_next_command_finds_what_was_computed(
+    generate: Callable[..., Done], tmp_path: Path
+) -> None:
+    nvme = ("--nvme-path", tmp_path / "blocks", "--nvme-bytes", "16 MiB", "--json")
+    first, second = generate(PROMPT, *nvme), generate(PROMPT, *nvme)
+    full_blocks = (len(PROMPT) - 1) // 16 * 16
+    assert came_from(first)["recomputed"] == len(PROMPT)
+    assert came_from(second)["nvme"] == full_blocks
+    assert second.data["completions"] == first.data["completions"]
+    other_tenant = generate(PROMPT, *nvme, "--set", "tenant.salt=hush")
+    assert came_from(other_tenant)["recomputed"] == len(PROMPT)
+
+
+def test_a_file_comes_before_the_prompt(generate: Callable[..., Done], home: Path) -> None:
+    (home / "story.txt").write_text(PROMPT)
+    both = generate("--file", "story.txt", "What then?", "--json")
+    alone = generate(PROMPT + "\n\nWhat then?", "--json")
+    assert both.data["completions"] == alone.data["completions"]
+
+
+def test_chat_puts_the_prompt_into_the_template(generate: Callable[..., Done]) -> None:
+    asked = generate("--chat", "Hello?", "--json").data["usage"]["prompt_tokens"]
+    assert asked == len("Hello?") + 3  # the user's mark, the end's, the assistant's
+
+
+def test_several_answers(generate: Callable[..., Done]) -> None:
+    asked = ("-n", "3", "--temperature", "1", "--seed", "7", PROMPT)
+    data = generate(*asked, "--json").data
+    assert len({tuple(each["token_ids"]) for each in data["completions"]}) > 1
+    answers = "".join(f"[{i}] {c['text']}\n" for i, c in enumerate(data["completions"], start=1))
+    assert generate(*asked).stdout == answers
+
+
+def test_the_prompt_comes_from_stdin(home: Path, model: Path) -> None:
+    """And settings from the environment; in a process of its own."""
+    command = [sys.executable, "-m", "kvstore", "generate", "--max-tokens", "3", "--json"]
+    done = subprocess.run(
+        command,
+        input=PROMPT.encode(),
+        capture_output=True,
+        cwd=home,
+        env=environment(home, KVSTORE_ENGINE__MODEL=str(model), KVSTORE_ENGINE__THREADS="1"),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    usage = Done(0, done.stdout.decode(), "").data["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(PROMPT), 3)

@@ -1,0 +1,117 @@
+"""`kvstore ls`, `stat`, `verify` on real directories, sound and damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import kvstore
+from tests.cli.commands import Done, fill, namespace
+
+BLOCK_BYTES = 8192
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> Path:
+    """Five blocks of one model, three of another."""
+    path = tmp_path / "blocks"
+    with kvstore.open(ram_bytes="4 MiB", nvme_path=path, nvme_bytes="8 MiB") as store:
+        fill(store, 5)
+        fill(store, 3, model="another model")
+    return path
+
+
+def test_ls_lists_every_block(here: Callable[..., Done], blocks: Path) -> None:
+    listed = here("ls", blocks, "--json").data["blocks"]
+    ours = kvstore.TokenChain(namespace(), range(80)).chain()
+    theirs = kvstore.TokenChain(namespace("another model"), range(48)).chain()
+    by_key = {bytes.fromhex(block["key"]): block for block in listed}
+    assert by_key.keys() == {*ours.keys, *theirs.keys}
+    for chain in (ours, theirs):
+        for key, parent in zip(chain.keys, (chain.parent, *chain.keys), strict=False):
+            assert bytes.fromhex(by_key[key]["parent"]) == parent
+            assert by_key[key]["model"] == chain.namespace.model
+            assert by_key[key]["stored_bytes"] == BLOCK_BYTES
+    last_uses = [block["last_use_s"] for block in listed]
+    assert last_uses == sorted(last_uses, reverse=True)
+
+    plain = here("ls", blocks)
+    assert plain.status == 0
+    assert [line.split()[0] for line in plain.stdout.splitlines()[1:]] == [
+        block["key"] for block in listed
+    ]
+
+
+def test_stat_sums_up(here: Callable[..., Done], blocks: Path) -> None:
+    data = here("stat", blocks, "--json").data
+    assert (data["blocks"], data["stored_bytes"]) == (8, 8 * BLOCK_BYTES)
+    assert data["allocated_bytes"] <= 8 << 20
+    assert data["damaged_records"] == 0
+    assert {each["namespace"]["model"]: each["blocks"] for each in data["namespaces"]} == {
+        "a model": 5,
+        "another model": 3,
+    }
+    plain = here("stat", blocks).stdout
+    assert "8 blocks, 64 KiB of " in plain
+    assert "5 blocks, 80 tokens, 40 KiB: a model, float32" in plain
+
+
+def test_the_directory_may_come_from_the_settings(
+    here: Callable[..., Done], blocks: Path, home: Path
+) -> None:
+    (home / "kvstore.toml").write_text(f'[nvme]\npath = "{blocks}"\ncapacity_bytes = "8 MiB"\n')
+    assert here("stat", "--json").data == here("stat", blocks, "--json").data
+
+
+def test_verify_finds_nothing_wrong(here: Callable[..., Done], blocks: Path) -> None:
+    plain, data = here("verify", blocks), here("verify", blocks, "--json")
+    assert plain.status == data.status == 0
+    assert plain.stdout == "8 blocks, 64 KiB read: all is well\n"
+    assert data.data == {
+        "path": str(blocks),
+        "blocks": 8,
+        "stored_bytes": 8 * BLOCK_BYTES,
+        "findings": [],
+        "ok": True,
+    }
+
+
+def test_verify_names_the_block_whose_byte_was_flipped(
+    here: Callable[..., Done], blocks: Path
+) -> None:
+    victim = here("ls", blocks, "--json").data["blocks"][3]
+    with open(blocks / "slab", "r+b") as slab:
+        slab.seek(victim["offset"] + BLOCK_BYTES - 1)
+        (byte,) = slab.read(1)
+        slab.seek(-1, 1)
+        slab.write(bytes([byte ^ 1]))
+    data = here("verify", blocks, "--json")
+    assert data.status == 1
+    assert data.data["ok"] is False
+    (finding,) = data.data["findings"]
+    assert (finding["key"], finding["offset"]) == (victim["key"], victim["offset"])
+    plain = here("verify", blocks)
+    assert (plain.status, plain.stderr) == (1, "")
+    assert plain.stdout.startswith(f"{victim['key']} at offset {victim['offset']}: ")
+    assert plain.stdout.endswith("8 blocks, 64 KiB read: problems: 1\n")
+    # The store misses that block and serves the others.
+    with kvstore.open(ram_bytes="4 MiB", nvme_path=blocks, nvme_bytes="8 MiB") as store:
+        ours = kvstore.TokenChain(namespace(), range(80)).chain()
+        theirs = kvstore.TokenChain(namespace("another model"), range(48)).chain()
+        served = 0
+        for chain in (ours, theirs):
+            with store.acquire(chain) as lease:
+                served += lease.wait()
+                assert all(bytes(v) == bytes([i]) * BLOCK_BYTES for i, v in enumerate(lease.views))
+        assert served < 8
+        assert store.stats().misses["checksum"] == 1
+
+
+def test_verify_of_a_truncated_file(here: Callable[..., Done], blocks: Path) -> None:
+    with open(blocks / "slab", "r+b") as slab:
+        slab.truncate(2 * BLOCK_BYTES)
+    done = here("verify", blocks, "--json")
+    assert done.status == 1
+    assert len({finding["key"] for finding in done.data["findings"]}) == 6
