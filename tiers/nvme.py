@@ -67,7 +67,7 @@ class NvmeTier:
         except BaseException:
             self._driver.close()
             raise
-        day, written_bytes = self._slab.records.written()
+        day, written_bytes = self._slab.written_before
         budget = WriteBudget(daily_write_bytes, day=day, written_bytes=written_bytes)
         self._writes = Writes(self._slab, codec, admission_rule(admission), budget)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="kvstore-nvme-read")

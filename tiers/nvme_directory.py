@@ -89,17 +89,15 @@ class Directory:
         """What the files here occupy on the disk now."""
         return sum(entry.stat().st_blocks * 512 for entry in os.scandir(self.path))
 
-    def check_room(self, capacity_bytes: int) -> None:
-        """Raises SettingsError when the disk cannot hold `capacity_bytes` here."""
+    def room_bytes(self) -> int:
+        """What the files here may grow to: what they occupy, and what is free on the disk."""
         disk = os.statvfs(self.path)
-        room_bytes = disk.f_bavail * disk.f_frsize + self.allocated_bytes()
-        if capacity_bytes > room_bytes:
-            raise self.too_large(capacity_bytes, room_bytes)
+        return self.allocated_bytes() + disk.f_bavail * disk.f_frsize
 
-    def too_large(self, capacity_bytes: int, room_bytes: int) -> SettingsError:
+    def too_large(self, capacity_bytes: int) -> SettingsError:
         return SettingsError(
             f"an NVMe tier of {capacity_bytes / 2**30:.2f} GiB does not fit on the disk of "
-            f"{self.path}, where {max(0, room_bytes) / 2**30:.2f} GiB can be had; ask for less"
+            f"{self.path}, where {self.room_bytes() / 2**30:.2f} GiB can be had; ask for less"
         )
 
     def sync(self) -> None:

@@ -30,6 +30,19 @@ RecordError = (lmdb.Error, OSError)
 
 FullError = lmdb.MapFullError
 
+DamageError = (
+    lmdb.BadDbiError,
+    lmdb.BadTxnError,
+    lmdb.BadValsizeError,
+    lmdb.CorruptedError,
+    lmdb.IncompatibleError,
+    lmdb.InvalidError,
+    lmdb.PageNotFoundError,
+    lmdb.PanicError,
+    lmdb.VersionMismatchError,
+)
+"""What LMDB raises on opening or reading a file whose pages it cannot follow."""
+
 
 class Put(NamedTuple):
     offset: int
@@ -106,15 +119,16 @@ class RecordFile:
     # ---- reading
 
     def load(self) -> tuple[NDArray[np.uint64], Records]:
-        """Every record, by offset: the offset it stands under, and the record itself."""
+        """Every record, by offset: the offset it stands under, and the record itself.
+
+        A million take about a second.
+        """
         with self._env.begin(db=self._records) as txn:
-            pairs = list(txn.cursor())
-        if any(len(key) != _OFFSET.size for key, _ in pairs):
-            raise lmdb.CorruptedError(
-                f"{self.path.name} has a record under a key of another length"
-            )
-        offsets = np.frombuffer(b"".join(key for key, _ in pairs), ">u8").astype(np.uint64)
-        return offsets, unpack_records([value for _, value in pairs])
+            records = unpack_records(list(txn.cursor().iternext(keys=False)))
+            keys = b"".join(txn.cursor().iternext(values=False))
+        if len(keys) != _OFFSET.size * len(records.rows):
+            raise lmdb.CorruptedError(f"{self.path.name} has a record under a key of another length")
+        return np.frombuffer(keys, ">u8").astype(np.uint64), records
 
     def namespaces(self) -> dict[bytes, Namespace]:
         """By fingerprint; what is not a namespace's record, or another's, is left out."""

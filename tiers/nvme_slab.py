@@ -19,7 +19,7 @@ from kvstore.policy import Rows
 from kvstore.tiers.blockfile import BlockFile
 from kvstore.tiers.driver import Driver
 from kvstore.tiers.nvme_directory import Directory, Sizes
-from kvstore.tiers.nvme_records import Durability, Put, RecordError, RecordFile
+from kvstore.tiers.nvme_records import DamageError, Durability, Put, RecordError, RecordFile
 from kvstore.tiers.nvme_table import BlockTable, Written
 
 log = logging.getLogger(__name__)
@@ -47,57 +47,57 @@ class Slab:
         self.counters: Counter[str] = Counter()
         self.failure: str | None = None  # why nothing is written any more
         self.table = BlockTable(self.sizes.slab_bytes, self.sizes.max_blocks)
+        self.namespaces: dict[bytes, Namespace] = {}
+        self.written_before = (0, 0)  # the last day on which blocks were written, and the bytes
         with ExitStack() as undo:
             self._directory = undo.enter_context(Directory(path, create=True))
             try:
-                self._directory.check_room(capacity_bytes)
+                if capacity_bytes > self._directory.room_bytes():
+                    raise self._directory.too_large(capacity_bytes)
                 self.records = self._open_records()
                 undo.callback(self.records.close)
                 self.file = BlockFile(self._directory.slab, driver)
                 undo.callback(self.file.close)
-                self._restore()
+                # After the records: bytes beyond a smaller slab's end belong to no block now.
+                self.file.resize(self.sizes.slab_bytes)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    room_bytes = self._directory.allocated_bytes()
-                    raise self._directory.too_large(capacity_bytes, room_bytes) from error
+                    raise self._directory.too_large(capacity_bytes) from error
                 raise DirectoryError(f"{path} cannot be used: {error.strerror}") from error
             except lmdb.Error as error:
                 raise DirectoryError(f"{path}: the records cannot be kept: {error}") from error
             undo.pop_all()
-        self.namespaces: dict[bytes, Namespace] = self.records.namespaces()
 
     def _open_records(self) -> RecordFile:
+        """The records, already in the table. A file that LMDB cannot follow is begun anew."""
+        try:
+            return self._load_records()
+        except DamageError as error:
+            path = self._directory.records
+            log.warning("%s is damaged (%s): its blocks are given up", path, error)
+            path.unlink()
+            self.table = BlockTable(self.sizes.slab_bytes, self.sizes.max_blocks)
+            self.counters["record_files_lost"] += 1
+            return self._load_records()
+
+    def _load_records(self) -> RecordFile:
         path = self._directory.records
         held_bytes = path.stat().st_size if path.exists() else 0
         # A file from a larger capacity is read as it is, and shrunk when its blocks are known.
-        map_bytes = max(self.sizes.map_bytes, held_bytes)
+        records = RecordFile(path, max(self.sizes.map_bytes, held_bytes), self.durability)
         try:
-            return RecordFile(path, map_bytes, self.durability)
-        except lmdb.Error as error:
-            self._give_up(path, error)
-            return RecordFile(path, self.sizes.map_bytes, self.durability)
-
-    def _give_up(self, path: Path, error: Exception) -> None:
-        log.warning("%s is damaged (%s): its blocks are given up", path, error)
-        self.counters["record_files_lost"] += 1
-        path.unlink()
-
-    def _restore(self) -> None:
-        try:
-            offsets, records = self.records.load()
-        except lmdb.Error as error:
-            self.records.close()
-            self._give_up(self.records.path, error)
-            self.records = RecordFile(self.records.path, self.sizes.map_bytes, self.durability)
-            offsets, records = self.records.load()
-        dropped = self.table.load(offsets, records)
-        self.counters["dropped_records"] += len(dropped)
-        if dropped:
-            self.records.delete(dropped)
-        if self.records.path.stat().st_size > self.sizes.map_bytes:
-            self.records.shrink(self.sizes.map_bytes)
-        # Only now: the bytes beyond a smaller slab's end belong to no record any more.
-        self.file.resize(self.sizes.slab_bytes)
+            dropped = self.table.load(*records.load())
+            if dropped:
+                records.delete(dropped)
+            if path.stat().st_size > self.sizes.map_bytes:
+                records.shrink(self.sizes.map_bytes)
+            self.namespaces = records.namespaces()
+            self.written_before = records.written()
+        except BaseException:
+            records.close()
+            raise
+        self.counters["dropped_records"] = len(dropped)
+        return records
 
     # ---- changes, called from worker threads
 

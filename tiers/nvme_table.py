@@ -60,26 +60,28 @@ class BlockTable:
         sound &= (rows["offset"] < capacity) & (rows["stored_bytes"] <= capacity)
         order = np.flatnonzero(sound)
         order = order[np.argsort(rows["last_use_s"][order], kind="stable")]
-        order = _last_of_each(order, names(rows["key"][order]))[-self.max_blocks :]
-        found = rows[order]
-        kept = np.array(
-            self.slots.load(
-                StoredBlocks(
-                    keys=names(found["key"]),
-                    parents=names(found["parent"]),
-                    namespaces=names(found["namespace"]),
-                    offsets=found["offset"].astype(np.int64),
-                    nbytes=found["stored_bytes"].astype(np.int64),
-                    priorities=found["priority"],
-                    expires_s=found["expires_s"],
-                )
-            ),
-            dtype=bool,
+        keys = names(rows["key"][order])
+        if len(set(keys)) < len(keys):
+            order = order[sorted({key: place for place, key in enumerate(keys)}.values())]
+        if len(order) < len(keys) or len(order) > self.max_blocks:
+            order = order[-self.max_blocks :]
+            keys = names(rows["key"][order])
+        kept = self.slots.load(
+            StoredBlocks(
+                keys=keys,
+                parents=names(rows["parent"][order]),
+                namespaces=names(rows["namespace"][order]),
+                offsets=rows["offset"][order].astype(np.int64),
+                nbytes=rows["stored_bytes"][order].astype(np.int64),
+                priorities=rows["priority"][order],
+                expires_s=rows["expires_s"][order],
+            )
         )
+        order = order[np.array(kept, dtype=bool)]
         self._fit()
-        self._records[: kept.sum()] = found[kept]
+        np.take(rows, order, out=self._records[: len(order)], mode="clip")
         gone = np.ones(len(offsets), dtype=bool)
-        gone[order[kept]] = False
+        gone[order] = False
         dropped: list[int] = offsets[gone].tolist()
         return dropped
 
@@ -239,10 +241,3 @@ class BlockTable:
         if any(not index.pins[row] for row in self._doomed):
             raise InvariantError("a condemned block is still there, and nobody reads it")
 
-
-def _last_of_each(order: NDArray[np.int64], keys: Sequence[Key]) -> NDArray[np.int64]:
-    """`order` without the earlier ones of those whose keys are the same."""
-    last = {key: place for place, key in enumerate(keys)}
-    if len(last) == len(keys):
-        return order
-    return order[sorted(last.values())]
