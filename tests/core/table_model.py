@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvstore.allocator import align_up
+import numpy as np
+
+from kvstore.allocator import ALIGN_BYTES, align_up
 from kvstore.hashing import Key
 from kvstore.index import State
+from kvstore.policy import Rows
 from kvstore.retention import DEFAULT_PRIORITY
+
+CAPACITY = 24 * ALIGN_BYTES
+NAMESPACES = (b"A" * 16, b"B" * 16)
+
+
+def array(rows: list[int]) -> Rows:
+    return np.array(rows, dtype=np.int64)
+
+
+def name(number: int) -> Key:
+    return number.to_bytes(16, "big")
 
 
 @dataclass
