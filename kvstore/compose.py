@@ -12,7 +12,7 @@ from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.ram import RamTier
 
 
-def open(settings: Settings | None = None, **overrides: Any) -> BlockStore:
+def open(settings: Settings | None = None, /, **overrides: Any) -> BlockStore:
     """A store, as the settings say: RAM, and NVMe below it where `nvme_path` is given.
 
         store = kvstore.open(ram_bytes="1 GiB", nvme_path="/mnt/cache", nvme_bytes="10 GiB")

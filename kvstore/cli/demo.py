@@ -47,7 +47,7 @@ def demo(model: str, as_json: bool) -> int:
     if as_json:
         print_json({"model": path.name, **report})
     else:
-        _print(report)
+        print_report(report)
     return 0 if report["ok"] else 1
 
 
@@ -78,7 +78,7 @@ def summarise(runs: list[Run]) -> dict[str, Any]:
     return {"runs": rows, "median_ttft_s": ttft_s, "ok": ok}
 
 
-def _print(report: dict[str, Any]) -> None:
+def print_report(report: dict[str, Any]) -> None:
     """The answers, the table, and what it says in words."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

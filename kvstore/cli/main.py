@@ -48,9 +48,13 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 def run(args: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     try:
-        result = cli.main(args, prog_name="kvstore", standalone_mode=False)
+        # Not `cli.main`: it has ways of its own with a closed pipe and with Ctrl-C.
+        with cli.make_context("kvstore", list(sys.argv[1:] if args is None else args)) as context:
+            status = cli.invoke(context)
         sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        return status or 0
+    except click.exceptions.Exit as done:  # after --help and --version
+        return done.exit_code
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "kvstore"
         return _fail(f"{error.format_message().rstrip('.')} (see {path} --help)", BAD_INPUT)
@@ -60,7 +64,7 @@ def run(args: Sequence[str] | None = None) -> int:
         return _fail(str(error), BAD_INPUT)
     except KVStoreError as error:
         return _fail(str(error), FAILED)
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has left. Nothing may be written to it any more,
