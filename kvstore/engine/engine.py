@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -131,7 +131,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         progress: Progress | None = None,
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta, None, None]:
         """The answer to one prompt, delta by delta as it is computed.
 
         `progress` is called with (tokens in HBM, all tokens) of the prompt after
@@ -140,7 +140,7 @@ class Engine:
         """
         request = self._request(prompt, params)
 
-        def deltas() -> Iterator[Delta]:
+        def deltas() -> Generator[Delta, None, None]:
             self._enqueue(request)
             try:
                 yield from self._read(request, progress)
