@@ -62,10 +62,12 @@ class RecordFile:
         """Opens or creates. Raises `RecordError`: `lmdb.Error` for a file that is not sound."""
         self.path = path
         self._durability = durability
-        if path.exists() and path.stat().st_size:
+        if not path.exists():
+            self._create(map_bytes)
+        elif path.stat().st_size:
             # Before LMDB maps it: touching pages beyond the end of a cut-off file kills us.
             self._allocate(map_bytes)
-        self._open(map_bytes)
+        self._open(path, map_bytes)
         self._allocate(map_bytes)
 
     @classmethod
@@ -86,10 +88,18 @@ class RecordFile:
             raise
         return self
 
-    def _open(self, map_bytes: int) -> None:
+    def _create(self, map_bytes: int) -> None:
+        """LMDB takes several steps. Who is killed between them leaves no file of this name."""
+        fresh = self.path.with_suffix(".new")
+        fresh.unlink(missing_ok=True)
+        self._open(fresh, map_bytes)
+        self._env.close()
+        fresh.rename(self.path)
+
+    def _open(self, path: Path, map_bytes: int) -> None:
         # No lock file: the directory is locked, and nobody reads while we write.
         self._env = lmdb.open(
-            str(self.path),
+            str(path),
             map_size=map_bytes,
             subdir=False,
             lock=False,
@@ -181,7 +191,7 @@ class RecordFile:
         self._env.copy(str(fresh), compact=True)
         self._env.close()
         fresh.rename(self.path)
-        self._open(map_bytes)
+        self._open(self.path, map_bytes)
         self._allocate(map_bytes)
 
     def close(self) -> None:
