@@ -30,7 +30,7 @@ MIN_ROWS = 4
 # Rows of a score matrix: enough to feed the matrix product, few enough to stay in cache.
 TILE_ROWS = 96
 # Sequences that decode share their calls while their gathered K and V stay under this.
-GROUP_FLOATS = 2 << 20
+GROUP_FLOATS = 1 << 18
 # A block table in more pieces than this is gathered by index instead of piece by piece.
 MAX_PIECES = 8
 
@@ -94,8 +94,9 @@ class PagedAttention:
         ]
 
     def __call__(self, query: Tensor, layer: int) -> Tensor:
-        """float32 [T, heads * head_dim] in and out, rows in the order of the spans."""
-        out = torch.empty_like(query)
+        """float32 [rows, heads * head_dim] in and out: T rows in the order of the spans, and
+        any that pad the batch; these come back as zeros."""
+        out = torch.zeros_like(query)
         for group in self._groups:
             group.attend(query, layer, out)
         return out

@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import pad, rms_norm
 
 from kvstore.engine.batch import Batch
 from kvstore.engine.checkpoint import Checkpoint, Progress
 from kvstore.engine.config import ModelConfig
+from kvstore.engine.linear import MIN_ROWS, Linear
+from kvstore.engine.rotary import Rotary, rotate
 from kvstore.kernels.paged_attention import PagedAttention, Workspace
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
     input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    query_norm: Tensor | None
-    key_norm: Tensor | None
-    output: Tensor
-    output_bias: Tensor | None
+    qkv: Linear
+    head_norm: Tensor | None  # [heads + kv_heads, head_dim]: Qwen3 normalises each head
+    output: Linear
     post_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    gate: Linear
+    up: Linear
+    down: Linear
 
 
 class Decoder:
-    """A Llama-family decoder with its weights. Not thread-safe: one forward at a time."""
+    """A Llama-family decoder with its weights. Not thread-safe: one forward at a time.
+
+    The logits and KV of a token are the same, bit for bit, whatever else is in its batch
+    and however its sequence was cut into batches, as far as the matrix products keep
+    that promise: docs/adr/0020-determinism.md says where they were measured to.
+    """
 
     def __init__(
         self,
@@ -39,7 +43,7 @@ class Decoder:
         layers: list[_Layer],
         embedding: Tensor,
         norm: Tensor,
-        head: Tensor,
+        head: Linear,
     ) -> None:
         self.config = config
         self.dtype = embedding.dtype
@@ -48,8 +52,7 @@ class Decoder:
         self._embedding = embedding
         self._norm = norm
         self._head = head
-        cos, sin = config.rope.tables(config.context_tokens)
-        self._cos, self._sin = cos.to(self.device), sin.to(self.device)
+        self._rotary = Rotary(config.rope, self.device)
         self._workspace = Workspace(self.device)
 
     @classmethod
@@ -60,86 +63,112 @@ class Decoder:
         device: torch.device,
         progress: Progress | None = None,
     ) -> Decoder:
-        """Read every weight; calls `progress` after each."""
-        config, done = checkpoint.config, 0
-
-        def take(*names: str) -> Tensor:
-            nonlocal done
-            parts = [checkpoint.weight(n).to(device=device, dtype=dtype) for n in names]
-            done += sum(checkpoint.weight_bytes(n) for n in names)
-            if progress is not None:
-                progress(done, checkpoint.weights_bytes)
-            return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
-
-        def optional(wanted: bool, *names: str) -> Tensor | None:
-            return take(*names) if wanted else None
-
-        layers = []
-        for i in range(config.layers):
-            p = f"model.layers.{i}."
-            a, m = p + "self_attn.", p + "mlp."
-            qkv = [a + f"{x}_proj" for x in "qkv"]
-            gate_up = [m + "gate_proj", m + "up_proj"]
-            layers.append(
-                _Layer(
-                    input_norm=take(p + "input_layernorm.weight"),
-                    qkv=take(*(n + ".weight" for n in qkv)),
-                    qkv_bias=optional(config.qkv_bias, *(n + ".bias" for n in qkv)),
-                    query_norm=optional(config.qk_norm, a + "q_norm.weight"),
-                    key_norm=optional(config.qk_norm, a + "k_norm.weight"),
-                    output=take(a + "o_proj.weight"),
-                    output_bias=optional(config.output_bias, a + "o_proj.bias"),
-                    post_norm=take(p + "post_attention_layernorm.weight"),
-                    gate_up=take(*(n + ".weight" for n in gate_up)),
-                    gate_up_bias=optional(config.mlp_bias, *(n + ".bias" for n in gate_up)),
-                    down=take(m + "down_proj.weight"),
-                    down_bias=optional(config.mlp_bias, m + "down_proj.bias"),
-                )
-            )
+        """Read every weight; calls `progress` after each. Raises ModelError."""
+        take = _taker(checkpoint, dtype, device, progress)
+        config = checkpoint.config
+        layers = [_load_layer(config, f"model.layers.{i}.", take) for i in range(config.layers)]
         embedding = take("model.embed_tokens.weight")
         norm = take("model.norm.weight")
         head = embedding if config.tied_embeddings else take("lm_head.weight")
-        return cls(config, layers, embedding, norm, head)
+        return cls(config, layers, embedding, norm, Linear(head))
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: Tensor) -> Tensor:
         """Compute the batch's rows, write their K and V to `kv`, return the wanted logits.
 
         `kv` is [kv_heads, layers, 2, slots, head_dim] of the decoder's dtype and device;
-        the caller owns it. Logits are float32 [len(batch.logits_rows), vocab_size].
+        the caller owns it, and everything in it is finite. Logits are float32
+        [len(batch.logits_rows), vocab_size].
         """
-        c = self.config
-        hidden = self._embedding[batch.tokens]
-        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
-        cos, sin = cos.to(self.dtype)[:, None], sin.to(self.dtype)[:, None]
-        rows = hidden.shape[0]
-        attend = PagedAttention(batch.spans, kv, heads=c.heads, block_tokens=batch.block_tokens, workspace=self._workspace)
+        attend = PagedAttention(
+            batch.spans,
+            kv,
+            heads=self.config.heads,
+            block_tokens=batch.block_tokens,
+            workspace=self._workspace,
+        )
+        hidden = self._embedding[_padded(batch.tokens)]
+        cos, sin = self._rotary.at(
+            _padded(batch.positions), max(span.total_tokens for span in batch.spans)
+        )
         for number, layer in enumerate(self._layers):
-            x = self._rms(hidden, layer.input_norm)
-            q, k, v = linear(x, layer.qkv, layer.qkv_bias).split(
-                [c.query_size, c.kv_size, c.kv_size], -1
-            )
-            q, k = q.view(rows, c.heads, c.head_dim), k.view(rows, c.kv_heads, c.head_dim)
-            if layer.query_norm is not None and layer.key_norm is not None:
-                q, k = self._rms(q, layer.query_norm), self._rms(k, layer.key_norm)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            kv[:, number, 0].index_copy_(1, batch.slots, k.transpose(0, 1))
-            kv[:, number, 1].index_copy_(
-                1, batch.slots, v.view(rows, c.kv_heads, c.head_dim).transpose(0, 1)
-            )
-            attended = attend(q.flatten(1).float(), number).to(self.dtype)
-            hidden = hidden + linear(attended, layer.output, layer.output_bias)
-            x = self._rms(hidden, layer.post_norm)
-            gate, up = linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-            hidden = hidden + linear(silu(gate) * up, layer.down, layer.down_bias)
-        last = self._rms(hidden[batch.logits_rows], self._norm)
-        return linear(last, self._head).float()
+            x = self._norm_rows(hidden, layer.input_norm)
+            query = self._store_kv(layer, x, cos, sin, batch.slots, kv[:, number])
+            attended = attend(query, number).to(self.dtype)
+            hidden = layer.output.plus(attended, hidden)
+            x = self._norm_rows(hidden, layer.post_norm)
+            hidden = layer.down.plus(layer.up.times(x, layer.gate.silu(x)), hidden)
+        return self._logits(hidden, batch.logits_rows)
 
-    def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _store_kv(
+        self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, kv: Tensor
+    ) -> Tensor:
+        """Write K and V of the rows of x to `kv`, one layer's; return Q, float32 [rows, -1]."""
+        c = self.config
+        qkv = layer.qkv(x)
+        rotated = qkv[:, : c.query_size + c.kv_size].float().view(x.shape[0], -1, c.head_dim)
+        if layer.head_norm is not None:
+            rotated = rms_norm(rotated, (c.head_dim,), None, c.norm_eps) * layer.head_norm
+        rotated = rotate(rotated, cos, sin).flatten(1)
+        # K goes back to its place beside V, so that one call stores both.
+        qkv[:, c.query_size : -c.kv_size] = rotated[:, c.query_size :]
+        pairs = qkv[: len(slots), c.query_size :].view(len(slots), 2, c.kv_heads, c.head_dim)
+        kv.index_copy_(2, slots, pairs.permute(2, 1, 0, 3))
+        return rotated[:, : c.query_size]
+
+    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        if not len(rows):
+            return hidden.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        wanted = self._norm_rows(hidden[_padded(rows)], self._norm)
+        return self._head(wanted)[: len(rows)].float()
+
+    def _norm_rows(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [T, heads, head_dim] by tables [T, 1, head_dim / 2]."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+def _padded(values: Tensor) -> Tensor:
+    """At least MIN_ROWS values: rows of zeros are cheaper than another kernel for few rows."""
+    return pad(values, (0, MIN_ROWS - len(values))) if len(values) < MIN_ROWS else values
+
+
+_Take = Callable[..., Tensor]
+
+
+def _taker(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None
+) -> _Take:
+    """A function that reads the named weights, lays them end to end, and reports progress."""
+    done = 0
+
+    def take(*names: str) -> Tensor:
+        nonlocal done
+        parts = [checkpoint.weight(name).to(device=device, dtype=dtype) for name in names]
+        done += sum(checkpoint.weight_bytes(name) for name in names)
+        if progress is not None:
+            progress(done, checkpoint.weights_bytes)
+        return torch.cat(parts)  # even of one: what is mapped from a file is copied here
+
+    return take
+
+
+def _load_layer(config: ModelConfig, prefix: str, take: _Take) -> _Layer:
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+
+    def linear(has_bias: bool, *names: str) -> Linear:
+        weight = take(*(f"{name}.weight" for name in names))
+        return Linear(weight, take(*(f"{name}.bias" for name in names)) if has_bias else None)
+
+    head_norm = None
+    if config.qk_norm:
+        query, key = take(attention + "q_norm.weight"), take(attention + "k_norm.weight")
+        head_norm = torch.stack([query] * config.heads + [key] * config.kv_heads).float()
+    return _Layer(
+        input_norm=take(prefix + "input_layernorm.weight"),
+        qkv=linear(config.qkv_bias, *(f"{attention}{name}_proj" for name in "qkv")),
+        head_norm=head_norm,
+        output=linear(config.output_bias, attention + "o_proj"),
+        post_norm=take(prefix + "post_attention_layernorm.weight"),
+        gate=linear(config.mlp_bias, mlp + "gate_proj"),
+        up=linear(config.mlp_bias, mlp + "up_proj"),
+        down=linear(config.mlp_bias, mlp + "down_proj"),
+    )

@@ -1,0 +1,72 @@
+"""A matrix product with fixed weights, in the fastest form that the device has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# With fewer rows BLAS takes other kernels, which add in another order: a token decoded alone
+# would differ in its last bits from the same token in a prompt. They are slower, too.
+MIN_ROWS = 4
+
+# oneDNN chooses a layout for this many rows; any number may then be multiplied. Measured:
+# layouts for 64 rows and more are the same, and the best for few rows as well.
+LAYOUT_ROWS = 64
+
+
+class Linear:
+    """`x @ weight.T + bias`, alone or with what follows it; x is [rows, inputs].
+
+    `weight` is [outputs, inputs]. On a CPU it is laid out once for oneDNN instead of in
+    every call, as `torch.nn.functional.linear` does it: twice as fast for few rows. What
+    follows is computed by the same kernel while a result is in registers.
+
+    With at least MIN_ROWS rows a row's result does not depend on the others, nor on how
+    many there are (docs/adr/0020-determinism.md).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._bias = bias
+        self._packed = _pack(weight)
+        self._weight = weight if self._packed is None else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._packed is None:
+            return functional.linear(x, self._weight, self._bias)
+        return _mkldnn(x, self._packed, self._bias, "none", [], "")
+
+    def silu(self, x: Tensor) -> Tensor:
+        """silu(self(x))"""
+        if self._packed is None:
+            return functional.silu(functional.linear(x, self._weight, self._bias))
+        return _mkldnn(x, self._packed, self._bias, "swish", [], "")
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        """self(x) * factor"""
+        if self._packed is None:
+            return functional.linear(x, self._weight, self._bias) * factor
+        return _mkldnn.binary(x, factor, self._packed, self._bias, "mul")
+
+    def plus(self, x: Tensor, term: Tensor) -> Tensor:
+        """self(x) + term"""
+        if self._packed is None:
+            return functional.linear(x, self._weight, self._bias) + term
+        return _mkldnn.binary(x, term, self._packed, self._bias, "add")
+
+
+_mkldnn: Any = torch.ops.mkldnn._linear_pointwise
+
+
+def _pack(weight: Tensor) -> Tensor | None:
+    """The weight in oneDNN's layout, or None where oneDNN cannot compute with it."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return None
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_ROWS)
+    return packed
