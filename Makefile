@@ -11,10 +11,10 @@ STAMP := .venv/.installed
 # machine whose cores are shared.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help venv demo test check lint bench soak clean
+.PHONY: help venv demo test check lint bench bench-peers soak clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## build .venv with kvstore, its engine and the tools
 
@@ -46,6 +46,9 @@ check: lint ## lint, types, and the tests of the rules and the pure core: under 
 
 bench: $(STAMP) ## measure, beside the ceilings; writes benchmarks/results/latest.json
 	$(ONE_THREAD) $(BIN)/python -m benchmarks
+
+bench-peers: ## install LMCache, vLLM and NIXL, to be measured beside; 5 GB in .venv-peers
+	PYTHON=$(PYTHON) benchmarks/install_peers.sh .venv-peers
 
 soak: $(STAMP) ## the long, random tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -m soak --hypothesis-profile=soak

@@ -1,0 +1,1 @@
+"""How fast each path is, measured in one run beside the ceiling that it is judged by."""

@@ -1,0 +1,83 @@
+"""The rows as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks.rows import Row, Unmeasured
+
+FORMAT = 1
+
+
+def document(
+    rows: Sequence[Row], unmeasured: Sequence[Unmeasured], run: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is written down. `ok`: every row that has a bound keeps it, and nothing failed.
+
+    `run` says what was run how, and on what machine.
+    """
+    judged = [row.ok for row in rows if row.ok is not None]
+    return {
+        "format": FORMAT,
+        **run,
+        "ok": all(judged) and not any(each.outcome == "failed" for each in unmeasured),
+        "judged": len(judged),
+        "rows": [row.to_json() for row in rows],
+        "unmeasured": [each.to_json() for each in unmeasured],
+    }
+
+
+def write(results: Mapping[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(rows: Sequence[Row], unmeasured: Sequence[Unmeasured], console: Console) -> None:
+    table = Table("figure", title_justify="left")
+    for heading in ("value", "ceiling", "ratio", "bound"):
+        table.add_column(heading, justify="right")
+    table.add_column("", justify="center")
+    table.add_column("against", style="dim")
+    group = ""
+    for row in rows:
+        if group and row.group != group:
+            table.add_section()
+        group = row.group
+        table.add_row(
+            row.name,
+            f"{_short(row.value)} {row.unit}",
+            "" if row.ceiling is None else _short(row.ceiling),
+            "" if row.ratio is None else f"{row.ratio:.3f}",
+            _bound(row),
+            _MARKS[row.ok],
+            row.against,
+        )
+    console.print(table)
+    for each in unmeasured:
+        colour = {"skipped": "yellow", "failed": "bold red"}[each.outcome]
+        said = f"[{colour}]{each.outcome}[/] {each.name}: {escape(each.reason)}"
+        console.print(said, highlight=False, soft_wrap=True)
+    failed = [row.name for row in rows if row.ok is False]
+    judged = sum(row.ok is not None for row in rows)
+    console.print(f"{judged - len(failed)} of {judged} bounds kept", highlight=False)
+
+
+_MARKS = {True: "[green]ok[/]", False: "[bold red]misses[/]", None: ""}
+
+
+def _bound(row: Row) -> str:
+    if row.at_least is not None:
+        return f"≥ {row.at_least:g}"
+    return "" if row.at_most is None else f"≤ {row.at_most:g}"
+
+
+def _short(value: float) -> str:
+    """Three significant figures, and no exponent."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
