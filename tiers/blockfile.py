@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import mmap
 import os
@@ -42,9 +43,19 @@ class BlockFile:
     """
 
     def __init__(self, path: Path, driver: Driver) -> None:
-        """Opens or creates the file. Raises OSError."""
+        """Opens or creates the file. Raises OSError.
+
+        Requests that io_uring had in flight for a process that was killed go on after
+        it is gone. They hold its lock on this file, so that we wait for them here, for
+        milliseconds, instead of being overwritten by them.
+        """
         self._driver = driver
         self._fd, self.direct = _open(path)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+        except OSError:
+            os.close(self._fd)
+            raise
         self.io_errors = 0  # of the medium, in reads and writes
 
     @property
