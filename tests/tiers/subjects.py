@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 from kvstore.hashing import Key
+from kvstore.identity import Namespace
 from kvstore.tier import ReadRequest, ReadResult, Record, Tier, WriteItem
 from kvstore.tiers.faulty import Faults, FaultyLocalTier, FaultyTier
 from kvstore.tiers.nvme import NvmeTier
@@ -20,7 +21,18 @@ from kvstore.tiers.ram import RamTier
 
 T = TypeVar("T")
 
-NAMESPACE = b"namespace of all"
+MODEL = Namespace(
+    model="m",
+    weights="w",
+    tokenizer="t",
+    kv_dtype="bfloat16",
+    layers=1,
+    kv_heads=1,
+    head_dim=8,
+    block_tokens=4,
+    rope="none",
+)
+NAMESPACE = MODEL.fingerprint
 CAPACITY_BYTES = 4 << 20
 
 
