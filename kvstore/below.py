@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 
 from kvstore.background import BackgroundLoop
-from kvstore.breaker import Breaker
 from kvstore.demotion import Demotions
+from kvstore.errands import Errands
 from kvstore.hashing import Key
 from kvstore.hub import Hub
 from kvstore.identity import Namespace
 from kvstore.promotion import Promotions
 from kvstore.tier import LocalTier, Miss
-
-log = logging.getLogger(__name__)
+from kvstore.transfer import Transfers
 
 
 class Below:
@@ -22,27 +20,33 @@ class Below:
 
     def __init__(self, hub: Hub, tier: LocalTier, loop: BackgroundLoop) -> None:
         self._hub = hub
-        self._loop = loop
-        self._breaker = Breaker()
-        self._deleting: set[Key] = set()  # evicted by the caller, not yet deleted in the tier
         self.tier = tier
-        self.promotions = Promotions(hub, tier, loop, self._breaker)
-        self.demotions = Demotions(hub, tier, loop, self._breaker)
+        self.transfers = Transfers(tier, hub.clock, hub.bounds.transfer_deadline_s)
+        self.errands = Errands(hub, tier, loop, self.transfers)
+        self.promotions = Promotions(hub, tier, loop, self.transfers)
+        self.demotions = Demotions(hub, tier, loop, self.transfers, self.errands)
+        self.errands.on_deleted = self.demotions.start_locked
 
-    def peek_locked(self, keys: Sequence[Key]) -> list[bool]:
-        """Which blocks the tier would serve now: none while it keeps failing."""
-        if not self._answers():
-            return [False] * len(keys)
+    @property
+    def idle(self) -> bool:
+        """Whether nothing moves, but for calls that were given up."""
+        return self.demotions.idle and self.errands.idle and not self.promotions.fills
+
+    def holds_locked(self, keys: Sequence[Key]) -> list[bool]:
+        """Which blocks the tier has, whether or not it answers."""
         held = self.tier.peek(keys)
-        if self._deleting:
-            return [
-                there and key not in self._deleting for there, key in zip(held, keys, strict=True)
-            ]
+        hidden = self.errands.hidden
+        if hidden:
+            return [there and key not in hidden for there, key in zip(held, keys, strict=True)]
         return held
 
-    def why_absent(self, key: Key) -> Miss:
+    def serves_locked(self, keys: Sequence[Key]) -> list[bool]:
+        """Which blocks the tier would serve now: none while it keeps failing."""
+        return self.holds_locked(keys) if self.transfers.allows() else [False] * len(keys)
+
+    def why_absent_locked(self, key: Key) -> Miss:
         """The reason why a block that RAM does not hold is not to be had here either."""
-        if not self._answers():
+        if self.holds_locked([key]) == [True] and not self.transfers.allows():
             return Miss.BREAKER
         return Miss.EVICTED if self.tier.was_evicted(key) else Miss.ABSENT
 
@@ -58,32 +62,3 @@ class Below:
             except IndexError:  # another thread took the last one
                 return
             self.tier.touch(keys)
-
-    def delete_locked(self, keys: Sequence[Key]) -> None:
-        """Not found from now on; deleted in the background."""
-        if keys:
-            self._deleting.update(keys)
-            self._loop.spawn(self._delete(list(keys)))
-
-    def retain(self, keys: Sequence[Key], priority: int, expires_s: float) -> None:
-        """Pass a retention on, in the background."""
-        if keys:
-            self._loop.spawn(self._retain(list(keys), priority, expires_s))
-
-    def _answers(self) -> bool:
-        return self._breaker.allows(self._hub.clock.monotonic_s())
-
-    async def _delete(self, keys: list[Key]) -> None:
-        try:
-            await self.tier.delete(keys)
-        except Exception as error:
-            log.warning("deleting %d blocks from %s: %s", len(keys), self.tier.name, error)
-        finally:
-            with self._hub.lock:
-                self._deleting.difference_update(keys)
-
-    async def _retain(self, keys: list[Key], priority: int, expires_s: float) -> None:
-        try:
-            await self.tier.retain(keys, priority, expires_s)
-        except Exception as error:
-            log.warning("retaining %d blocks in %s: %s", len(keys), self.tier.name, error)

@@ -2,41 +2,60 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from kvstore.background import BackgroundLoop
-from kvstore.breaker import Breaker
-from kvstore.hashing import Key
+from kvstore.errands import Errands
+from kvstore.errors import InvariantError, TierError
 from kvstore.hub import Hub
 from kvstore.identity import Namespace
+from kvstore.index import State
 from kvstore.tier import LocalTier, Record, Refusal, WriteItem, WriteResult
+from kvstore.transfer import Transfers
 
-log = logging.getLogger(__name__)
+
+class Batch(NamedTuple):
+    """What is written in one call: rows, and the record of each."""
+
+    rows: list[int]
+    records: list[Record]
+    namespaces: list[Namespace]  # that the tier may not know yet
 
 
 class Demotions:
     """Blocks on their way to one lower tier. State is guarded by the hub's lock.
 
     A queued block is pinned: it leaves RAM only once it is safe below, or was
-    refused there.
+    refused there. So is one being written, unless the caller evicts it: then it
+    is found no more, and its slot is given back when the tier is done with it.
     """
 
-    def __init__(self, hub: Hub, tier: LocalTier, loop: BackgroundLoop, breaker: Breaker) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        tier: LocalTier,
+        loop: BackgroundLoop,
+        transfers: Transfers,
+        errands: Errands,
+    ) -> None:
         self._hub = hub
         self._tier = tier
         self._loop = loop
-        self._breaker = breaker
+        self._transfers = transfers
+        self._errands = errands
         self._queue: dict[int, None] = {}  # rows, oldest first
         self._in_flight: set[int] = set()
+        self._withdrawn: set[int] = set()  # of those in flight: evicted by the caller
         self._writers = 0
         self._known: set[bytes] = set()  # namespaces that the tier remembers
-        self._doomed: set[Key] = set()  # evicted by the caller while being written
 
     @property
     def idle(self) -> bool:
+        """Whether nothing is being written, but for calls that were given up."""
         return not self._writers
 
     def room_locked(self) -> int:
@@ -44,71 +63,84 @@ class Demotions:
         return max(0, self._hub.bounds.demotion_queue_blocks - len(self._queue))
 
     def offer_locked(self, rows: list[int]) -> None:
-        """Queue resident rows; what is beyond the bound stays in RAM only, and is counted."""
+        """Queue resident rows. What is beyond the bound stays in RAM only, and is counted.
+
+        So does everything while the tier keeps failing: it must not hold RAM.
+        """
+        counters = self._hub.counters
+        if not self._transfers.allows():
+            counters["demotions_failed_blocks"] += len(rows)
+            return
         fresh = [row for row in rows if row not in self._queue and row not in self._in_flight]
         taken = fresh[: self.room_locked()]
-        self._hub.counters["demotions_dropped_blocks"] += len(fresh) - len(taken)
-        if not taken:
-            return
-        self._hub.slots.pin(np.array(taken, dtype=np.int64))
-        self._queue.update(dict.fromkeys(taken))
+        counters["demotions_dropped_blocks"] += len(fresh) - len(taken)
+        if taken:
+            self._hub.slots.pin(np.array(taken, dtype=np.int64))
+            self._queue.update(dict.fromkeys(taken))
+            self.start_locked()
+
+    def start_locked(self) -> None:
+        """See to it that what can be written is being written."""
         wanted = min(len(self._queue), self._hub.bounds.transfers_in_flight)
         while self._writers < wanted:
             self._writers += 1
             self._loop.spawn(self._write_until_empty())
 
     def withdraw_locked(self, rows: Iterable[int]) -> None:
-        """Take rows that the caller evicts out of the queue; those in flight die on landing."""
+        """The caller is about to evict these rows: no longer wanted below, no longer pinned here.
+
+        What is being written is deleted there as soon as it is written; where a
+        lease holds it as well, it stays pinned until then.
+        """
         waiting = [row for row in rows if row in self._queue]
+        writing = [row for row in rows if row in self._in_flight]
         for row in waiting:
             del self._queue[row]
-        self._hub.slots.unpin(np.array(waiting, dtype=np.int64), self._hub.clock.wall_s())
-        keys = self._hub.slots.index.keys
-        self._doomed.update(key for row in rows if row in self._in_flight and (key := keys[row]))
+        self._withdrawn.update(writing)
+        index = self._hub.slots.index
+        self._errands.hide_locked([key for row in writing if (key := index.keys[row]) is not None])
+        self._unpin_locked(waiting + [row for row in writing if index.pins.item(row) == 1])
+
+    def is_writing_locked(self, row: int) -> bool:
+        """Whether the tier may still be reading the slot."""
+        return row in self._in_flight
 
     async def _write_until_empty(self) -> None:
-        hub = self._hub
         while True:
-            with hub.lock:
-                rows, items, namespaces = self._next_locked()
-                if not rows:
+            with self._hub.lock:
+                batch = self._next_locked()
+                if batch is None:
                     self._writers -= 1
-                    hub.changed.notify_all()
+                    self._hub.notify_locked()
                     return
-            results = await self._write(items, namespaces)
-            items.clear()
-            with hub.lock:
-                self._land_locked(rows, results)
-                doomed = list(self._doomed)
-                self._doomed.clear()
-                hub.changed.notify_all()
-            if doomed:
-                await self._tier.delete(doomed)
+            await self._transfers.run(partial(self._write, batch), partial(self._land, batch))
 
-    def _next_locked(self) -> tuple[list[int], list[WriteItem], list[Namespace]]:
+    def _next_locked(self) -> Batch | None:
         hub, index = self._hub, self._hub.slots.index
+        # A block that is evicted and committed again is written after the old one is deleted.
+        hidden = self._errands.hidden
         rows: list[int] = []
         nbytes = 0
         for row in self._queue:
+            if hidden and index.keys[row] in hidden:
+                continue
             nbytes += index.nbytes.item(row)
             if rows and nbytes > hub.bounds.transfer_bytes:
                 break
             rows.append(row)
+        if not rows:
+            return None
         for row in rows:
             del self._queue[row]
         self._in_flight.update(rows)
         now_s = hub.clock.wall_s()
-        views = hub.readables(rows)
-        items = [
-            WriteItem(self._record_locked(row, now_s), view)
-            for row, view in zip(rows, views, strict=True)
-        ]
-        fresh = {item.record.namespace for item in items} - self._known
-        return rows, items, [hub.namespaces[fingerprint] for fingerprint in fresh]
+        records = [self._record_locked(row, now_s) for row in rows]
+        fresh = {record.namespace for record in records} - self._known
+        return Batch(rows, records, [hub.namespaces[fingerprint] for fingerprint in fresh])
 
     def _record_locked(self, row: int, now_s: float) -> Record:
         index = self._hub.slots.index
-        key = index.keys[row]
+        key, ttl_s = index.keys[row], index.ttl_s.item(row)
         assert key is not None
         return Record(
             namespace=self._hub.slots.namespace(row),
@@ -118,40 +150,65 @@ class Demotions:
             created_s=now_s,
             last_use_s=now_s,
             priority=index.priority.item(row),
-            expires_s=index.expires_s.item(row),
+            # The clock of a TTL stands still in RAM while the block is in use; below it runs.
+            expires_s=now_s + ttl_s if ttl_s else index.expires_s.item(row),
         )
 
-    async def _write(
-        self, items: list[WriteItem], namespaces: list[Namespace]
-    ) -> list[WriteResult]:
-        now_s = self._hub.clock.monotonic_s()
-        if not self._breaker.allows(now_s):
-            return [WriteResult(Refusal.READ_ONLY)] * len(items)
-        try:
-            if namespaces:
-                await self._tier.remember(namespaces)
-                self._known.update(namespace.fingerprint for namespace in namespaces)
-            results = await self._tier.write(items)
-            self._breaker.succeeded()
-        except Exception as error:
-            # A tier that fails as a whole costs hits, never a request.
-            log.warning("writing %d blocks to %s: %s", len(items), self._tier.name, error)
-            self._breaker.failed(now_s)
-            results = [WriteResult(Refusal.IO_ERROR)] * len(items)
-        return results
+    async def _write(self, batch: Batch) -> list[WriteResult]:
+        if batch.namespaces:
+            await self._tier.remember(batch.namespaces)
+            self._known.update(namespace.fingerprint for namespace in batch.namespaces)
+        views = self._hub.readables(batch.rows)
+        items = [WriteItem(*item) for item in zip(batch.records, views, strict=True)]
+        damaged = self._hub.damaged_among(batch.rows)
+        sound = [item for row, item in zip(batch.rows, items, strict=True) if row not in damaged]
+        written = await self._tier.write(sound)
+        if len(written) != len(sound):
+            raise TierError(f"{len(written)} answers to {len(sound)} writes")
+        results = iter(written)
+        invalid = WriteResult(Refusal.INVALID)
+        return [invalid if row in damaged else next(results) for row in batch.rows]
 
-    def _land_locked(self, rows: list[int], results: list[WriteResult]) -> None:
-        hub = self._hub
-        for result in results:
-            if result.refusal is None:
-                hub.counters["demoted_blocks"] += 1
-            else:
-                hub.counters[f"demotions_refused_{result.refusal.value}_blocks"] += 1
-        self._in_flight.difference_update(rows)
-        hub.slots.unpin(np.array(rows, dtype=np.int64), hub.clock.wall_s())
-        keys, pins = hub.slots.index.keys, hub.slots.index.pins
-        dead = [row for row in rows if keys[row] in self._doomed and not pins[row]]
-        if dead:
-            array = np.array(dead, dtype=np.int64)
-            hub.slots.evict(array)
-            hub.slots.free(array)
+    def _land(self, batch: Batch, results: list[WriteResult] | None) -> None:
+        """The tier is done with the slots, whatever became of the blocks."""
+        hub, index = self._hub, self._hub.slots.index
+        with hub.lock:
+            self._in_flight.difference_update(batch.rows)
+            evicted = [row for row in batch.rows if index.state[row] == State.EVICTING]
+            hub.slots.free(np.array(evicted, dtype=np.int64))
+            self._unpin_locked([row for row in batch.rows if row not in evicted])
+            withdrawn = self._withdrawn.intersection(batch.rows)
+            if withdrawn:
+                self._withdrawn -= withdrawn
+                pairs = zip(batch.rows, batch.records, strict=True)
+                self._errands.delete_locked([r.key for row, r in pairs if row in withdrawn])
+            self._count_locked(batch, results)
+            hub.notify_locked()
+
+    def _count_locked(self, batch: Batch, results: list[WriteResult] | None) -> None:
+        counters, index = self._hub.counters, self._hub.slots.index
+        if results is None:
+            counters["demotions_failed_blocks"] += len(batch.rows)
+            return
+        for row, record, result in zip(*batch[:2], results, strict=True):
+            if result.refusal is not None:
+                counters[f"demotions_refused_{result.refusal.value}_blocks"] += 1
+                continue
+            counters["demoted_blocks"] += 1
+            priority = index.priority.item(row)
+            if index.keys[row] == record.key and priority != record.priority:
+                # Retained while it was being written.
+                self._errands.retain_locked([record.key], priority, index.expires_s.item(row))
+
+    def _unpin_locked(self, rows: list[int]) -> None:
+        self._hub.slots.unpin(np.array(rows, dtype=np.int64), self._hub.clock.wall_s())
+
+    def check_invariants_locked(self) -> None:
+        """Raises InvariantError unless what is queued or being written is held in RAM."""
+        index = self._hub.slots.index
+        for row in self._queue.keys() | self._in_flight:
+            leaving = index.state[row] == State.EVICTING and row in self._withdrawn
+            if not leaving and (index.state[row] != State.RESIDENT or not index.pins[row]):
+                raise InvariantError(f"row {row} is to be written below, but is not pinned")
+        if self._queue.keys() & self._in_flight or not self._withdrawn <= self._in_flight:
+            raise InvariantError("a row is both queued and being written")

@@ -45,7 +45,7 @@ class EvictionOrder:
         priorities, ranks = self._index.priority[ends].tolist(), self._index.rank[ends].tolist()
         self._ends.fill(dict(zip(ends, zip(priorities, ranks, strict=True), strict=True)))
 
-    def choose(self, wanted_bytes: int, priority: int, keep: Collection[int]) -> list[int]:
+    def choose(self, wanted_bytes: int, priority: int, keep: Collection[int | None]) -> list[int]:
         """Take out rows, in order, until their extents hold `wanted_bytes`.
 
         None that is pinned, in `keep`, or of a priority above `priority`. They

@@ -12,17 +12,20 @@ import numpy as np
 
 from kvstore.answers import NVME
 from kvstore.clock import Clock
-from kvstore.frame import checksum
 from kvstore.errors import ClosedError
+from kvstore.frame import checksum
 from kvstore.hashing import Key
 from kvstore.identity import Namespace
 from kvstore.planner import LinearCost
 from kvstore.policy import Rows
-from kvstore.retention import DEFAULT_PRIORITY
+from kvstore.retention import DEFAULT_PRIORITY, within_budget
 from kvstore.slots import Batch
-from kvstore.tier import HubTier
+from kvstore.tier import HubTier, LocalTier
 
 MiB = 1 << 20
+
+DAMAGED_REMEMBERED = 65_536  # keys of which `explain` can say that their checksum was wrong
+USED_REMEMBERED = 4096  # leases; more are only released at once where as many were held
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +36,23 @@ class Bounds:
     promotion_queue_bytes: int = 1024 * MiB  # beyond: an acquire is shortened, a prefetch refused
     transfer_bytes: int = 16 * MiB  # one read or write of a tier; larger ones are cut up
     transfers_in_flight: int = 2  # reads of a tier at once, and writes; more wait their turn
+    transfer_deadline_s: float = 10.0  # of one; beyond: the tier is left alone until it answers
     deadline_s: float = 5.0  # of an acquire that names none; beyond: a counted miss
     protected_bytes: int = 256 * MiB  # above default priority, per namespace; beyond: refused
-    ttl_max_s: float = 7 * 86_400.0  # of a retention; beyond: clipped
+    ttl_max_s: float = 7 * 86_400.0  # of a retention that has a TTL; beyond: clipped
     verify: Literal["media", "always"] = "media"  # checksum bytes that never left RAM, or not
 
 
 class Hub:
-    """State that the verbs share. Names ending in `_locked` want `lock` held.
+    """State that the verbs share. Names ending in `_locked` want `lock` held."""
 
-    `changed` is notified whenever a fill ends or a demotion is done.
-    """
-
-    def __init__(self, ram: HubTier, clock: Clock, bounds: Bounds) -> None:
+    def __init__(self, ram: HubTier, lower: LocalTier | None, clock: Clock, bounds: Bounds) -> None:
         self.ram = ram
+        self.lower = lower
         self.slots = ram.slots
         self.lock = ram.lock
         self.changed = threading.Condition(ram.lock)
+        self.listeners: set[Callable[[], None]] = set()  # as `changed`, for event loops
         self.clock = clock
         self.bounds = bounds
         self.closed = False
@@ -58,33 +61,63 @@ class Hub:
         self.misses: Counter[str] = Counter()
         self.costs = {NVME: LinearCost()}
         self.namespaces: dict[bytes, Namespace] = {}  # of what was committed here
-        self.used: deque[Sequence[Key]] = deque(maxlen=4096)  # for the lower tier's recency
+        # Keys of released leases, for the recency of the lower tier.
+        self.used: deque[Sequence[Key]] = deque(maxlen=0 if lower is None else USED_REMEMBERED)
+        self.damaged: set[Key] = set()  # last seen with a wrong checksum
         self.checksums: dict[int, int] = {}  # row -> checksum, where `verify` is "always"
         self._readable = ram.buffer.toreadonly()
         # A lease that its owner lost is found by the garbage collector, which may run while
         # this very thread holds the lock; so it only leaves word here, for the next verb.
         self.orphans: deque[Callable[[], None]] = deque()
 
-    def check_open_locked(self) -> None:
+    def check_open(self) -> None:
+        """Raises ClosedError; without the lock, the store may close right after."""
         if self.closed:
             raise ClosedError("the store is closed; open another one")
+
+    def notify_locked(self) -> None:
+        """A fill has ended, or something has been written or deleted below."""
+        self.changed.notify_all()
+        for wake in self.listeners:
+            wake()
 
     def settle_orphans(self) -> None:
         """Release what lost owners held. Lock not held."""
         while self.orphans:
-            self.orphans.popleft()()
+            try:
+                release = self.orphans.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            release()
 
-    def take_slots_locked(self, nbytes: int, count: int, priority: int) -> Rows:
-        """Up to `count` reserved rows, made room for by evicting what has no better claim."""
+    def take_slots_locked(
+        self, nbytes: int, count: int, priority: int, keep: Sequence[int | None]
+    ) -> Rows:
+        """Up to `count` reserved rows, made room for by evicting what has no better claim.
+
+        Nor any of the rows `keep`: the ancestors of what is to come.
+        """
         slots = self.slots
         rows = slots.reserve(nbytes, count)
         while len(rows) < count:
-            victims = slots.victims(nbytes, count - len(rows), priority, self.clock.wall_s())
+            missing, now_s = count - len(rows), self.clock.wall_s()
+            victims = slots.victims(nbytes, missing, priority, now_s, set(keep))
             if not len(victims):
                 break
             slots.free(victims)
-            rows = np.concatenate([rows, slots.reserve(nbytes, count - len(rows))])
+            rows = np.concatenate([rows, slots.reserve(nbytes, missing)])
         return rows
+
+    def allowed_locked(self, fingerprint: bytes, priority: int, wanted_bytes: list[int]) -> int:
+        """How many leading blocks of these sizes the namespace's budget lets have `priority`."""
+        if priority <= DEFAULT_PRIORITY:
+            return len(wanted_bytes)
+        slots = self.slots
+        slots.expire(self.clock.wall_s())
+        protected = slots.protected_bytes[slots.namespace_id(fingerprint)]
+        if self.lower is not None:
+            protected = max(protected, self.lower.protected_bytes(fingerprint))
+        return within_budget(priority, wanted_bytes, protected, self.bounds.protected_bytes)
 
     def publish_locked(
         self,
@@ -98,11 +131,25 @@ class Hub:
         """Commit filled rows; True for those that now are the resident copy of their key."""
         fingerprint = namespace.fingerprint
         self.namespaces.setdefault(fingerprint, namespace)
+        if self.damaged:
+            self.damaged.difference_update(keys)
         return self.slots.commit(rows, Batch(fingerprint, keys, parents, priority, ttl_s))
 
     def sums(self, rows: Collection[int]) -> dict[int, int]:
         """Checksums of rows that nobody else can change (reserved, or pinned)."""
         return {row: checksum(self.readable(row)) for row in rows}
+
+    def damaged_among(self, rows: Collection[int]) -> set[int]:
+        """Pinned rows whose bytes are not those committed; none where that is not asked for."""
+        if self.bounds.verify != "always":
+            return set()
+        sums = self.sums(rows)
+        return {row for row in rows if sums[row] != self.checksums.get(row)}
+
+    def remember_damaged_locked(self, key: Key) -> None:
+        if len(self.damaged) >= DAMAGED_REMEMBERED:
+            self.damaged.clear()
+        self.damaged.add(key)
 
     def release_views(self) -> None:
         """Let go of the arena, so that it can be unmapped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Generator
 from types import TracebackType
@@ -22,9 +23,10 @@ PENDING = -1
 class Fill:
     """One block on its way into RAM, for all who asked for it. Guarded by the hub's lock."""
 
-    __slots__ = ("done", "key", "miss", "parent", "row", "source", "waiters")
+    __slots__ = ("done", "key", "miss", "namespace", "parent", "row", "source", "waiters")
 
-    def __init__(self, key: Key, parent: Key, row: int, source: str) -> None:
+    def __init__(self, namespace: bytes, key: Key, parent: Key, row: int, source: str) -> None:
+        self.namespace = namespace  # fingerprint
         self.key = key
         self.parent = parent
         self.row = row
@@ -110,17 +112,42 @@ class Lease:
                 hub.changed.wait(left_s)
 
     def __await__(self) -> Generator[Any, None, int]:
-        return asyncio.to_thread(self.wait).__await__()
+        return self._wait().__await__()
+
+    async def _wait(self) -> int:
+        """As `wait` for all blocks, without holding up the event loop."""
+        hub, loop, changed = self._hub, asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # that loop is closed
+                loop.call_soon_threadsafe(changed.set)
+
+        with hub.lock:
+            hub.listeners.add(wake)
+        try:
+            while True:
+                changed.clear()
+                ready = self.ready()
+                if ready >= len(self._rows):
+                    return ready
+                left_s = self._deadline_s - hub.clock.monotonic_s()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), left_s)
+        finally:
+            with hub.lock:
+                hub.listeners.discard(wake)
 
     @property
     def views(self) -> list[memoryview]:
         """Read-only bytes of the ready blocks, canonical layout; owned by the store."""
         ready = self.ready()
-        if self._released:
+        if self._released or self._hub.closed:
             raise ClosedError("the lease was released; its blocks may no longer be read")
-        if len(self._views) < ready:
-            self._views.extend(self._hub.readables(self._rows[len(self._views) : ready]))
-        return self._views[:ready]
+        # Replaced as a whole: two threads may make the same views, but never a wrong list.
+        views = self._views
+        if len(views) < ready:
+            views = self._views = views + self._hub.readables(self._rows[len(views) : ready])
+        return views[:ready]
 
     def release(self) -> None:
         """Give the pins back and count what was served. May be called twice."""
@@ -132,6 +159,7 @@ class Lease:
             if self._ready_locked() < len(self._rows):
                 # The owner did not want to wait any longer: to it, the tier was too slow.
                 self.cut_locked(self._pending[0][0], Miss.TOO_SLOW)
+                hub.notify_locked()
             self._released = True
             hub.slots.unpin(np.array(self._rows, dtype=np.int64), hub.clock.wall_s())
             if self._sources.count(RAM) == len(self._sources):
@@ -140,7 +168,7 @@ class Lease:
                 hub.hits.update(self._sources)
             if self._miss is not None:
                 hub.misses[self._miss.value] += len(self._chain) - len(self._rows)
-        self._views.clear()
+        self._views = []
         hub.used.append(self._chain.keys[: len(self._rows)])
 
     def __enter__(self) -> Self:
@@ -187,5 +215,5 @@ class Lease:
         self._hub.slots.unpin(np.array(held, dtype=np.int64), self._hub.clock.wall_s())
         del self._rows[position:]
         del self._sources[position:]
-        del self._views[position:]
+        self._views = self._views[:position]
         self._miss = miss

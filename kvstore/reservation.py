@@ -12,7 +12,7 @@ from kvstore.errors import ClosedError
 from kvstore.hashing import Chain
 from kvstore.hub import Hub
 from kvstore.policy import Rows
-from kvstore.retention import DEFAULT_PRIORITY, Retention, within_budget
+from kvstore.retention import DEFAULT_PRIORITY, Retention
 
 
 class Reservation:
@@ -54,8 +54,7 @@ class Reservation:
 
         Not to be touched after `commit` or `abort`.
         """
-        if not self._open:
-            raise ClosedError("the reservation is closed; its slots may no longer be written")
+        self._check_open()
         return self._hub.writables(self._rows)
 
     def commit(self) -> int:
@@ -64,33 +63,25 @@ class Reservation:
         Raises ClosedError when committed or aborted before, or the store is closed.
         """
         hub, chain = self._hub, self._chain
-        sums = hub.sums(self._rows.tolist()) if hub.bounds.verify == "always" else {}
         keys = [chain.keys[i] for i in self.indices]
         parents = [chain.keys[i - 1] if i else chain.parent for i in self.indices]
+        self._check_open()
+        sums = hub.sums(self._rows.tolist()) if hub.bounds.verify == "always" else {}
         with hub.lock:
-            hub.check_open_locked()
-            if not self._open:
-                raise ClosedError("the reservation was committed or aborted before")
+            self._check_open()
             self._open = False
             hub.checksums.update(sums)
-            raised = self._raised_locked()
             won: list[int] = []
-            ttl_s = min(self._retention.ttl_s or 0.0, hub.bounds.ttl_max_s)
-            for part, priority, part_ttl_s in (
-                (slice(0, raised), self._retention.priority, ttl_s),
-                (slice(raised, None), DEFAULT_PRIORITY, 0.0),
-            ):
+            for part, priority, ttl_s in self._parts_locked():
                 rows = self._rows[part]
-                if not len(rows):
-                    continue
                 mine = hub.publish_locked(
-                    rows, chain.namespace, keys[part], parents[part], priority, part_ttl_s
+                    rows, chain.namespace, keys[part], parents[part], priority, ttl_s
                 )
-                won.extend(rows[np.array(mine)].tolist())
+                won += rows.tolist() if all(mine) else rows[np.array(mine)].tolist()
+                if ttl_s:
+                    self._start_clocks_locked(won)
             hub.counters["committed_blocks"] += len(won)
             hub.counters["duplicate_blocks"] += len(keys) - len(won)
-            if ttl_s:
-                self._start_clocks_locked(won)
             self._committed(won)
         return len(won)
 
@@ -119,18 +110,22 @@ class Reservation:
             self._open = False
             self._hub.orphans.append(lost.abort)
 
-    def _raised_locked(self) -> int:
-        """How many of the blocks the namespace's budget lets have the priority asked for."""
-        if self._retention.priority <= DEFAULT_PRIORITY:
-            return len(self._rows)
-        slots = self._hub.slots
-        number = slots.namespace_id(self._chain.namespace.fingerprint)
-        return within_budget(
-            self._retention.priority,
-            slots.index.nbytes[self._rows].tolist(),
-            slots.protected_bytes[number],
-            self._hub.bounds.protected_bytes,
-        )
+    def _check_open(self) -> None:
+        self._hub.check_open()
+        if not self._open:
+            raise ClosedError("the reservation was committed or aborted before")
+
+    def _parts_locked(self) -> list[tuple[slice, int, float]]:
+        """Which blocks get which priority and TTL; what was asked, as far as the budget goes."""
+        hub, asked = self._hub, self._retention
+        sizes = hub.slots.index.nbytes[self._rows].tolist()
+        raised = hub.allowed_locked(self._chain.namespace.fingerprint, asked.priority, sizes)
+        ttl_s = min(asked.ttl_s or 0.0, hub.bounds.ttl_max_s)
+        parts = [
+            (slice(0, raised), asked.priority, ttl_s),
+            (slice(raised, len(sizes)), DEFAULT_PRIORITY, 0.0),
+        ]
+        return [part for part in parts if part[0].start < part[0].stop]
 
     def _start_clocks_locked(self, rows: list[int]) -> None:
         """A commit is a release: nobody holds the blocks any more."""

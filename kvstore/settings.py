@@ -101,6 +101,13 @@ class StoreSettings(_Group):
         le=64,
         description="Reads of a tier at once, and writes; enough to keep a drive busy.",
     )
+    transfer_deadline_s: Duration = Field(
+        default=10.0,
+        ge=0.1,
+        le=3600,
+        description="How long one read or write may take; then the tier is left alone until it "
+        "answers.",
+    )
     deadline_s: Duration = Field(
         default=5.0,
         ge=0.001,

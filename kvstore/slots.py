@@ -161,7 +161,12 @@ class SlotTable:
         self._order.remove(listed)
 
     def victims(
-        self, nbytes: int, count: int, priority: int, now_s: float, keep: Collection[int] = ()
+        self,
+        nbytes: int,
+        count: int,
+        priority: int,
+        now_s: float,
+        keep: Collection[int | None] = (),
     ) -> Rows:
         """Evict blocks with no better claim than `priority` until their extents add up.
 

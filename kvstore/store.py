@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 from collections.abc import Mapping
 
 import numpy as np
 
-from kvstore.answers import NVME, RAM, Explanation, Probe, Stats
+from kvstore.answers import NVME, Explanation, Probe, Stats
 from kvstore.background import BackgroundLoop
 from kvstore.below import Below
 from kvstore.clock import Clock, SystemClock
 from kvstore.hashing import Chain, Key
 from kvstore.hub import Bounds, Hub
-from kvstore.identity import Namespace
 from kvstore.lease import PENDING, Fill, Lease
+from kvstore.lookup import Lookup
 from kvstore.planner import LinearCost
 from kvstore.reservation import Reservation
-from kvstore.retention import DEFAULT_PRIORITY, Retained, Retention, within_budget
+from kvstore.retention import DEFAULT_PRIORITY, Retained, Retention
 from kvstore.tier import HubTier, LocalTier, Miss
+
+log = logging.getLogger(__name__)
 
 
 class BlockStore:
@@ -38,9 +42,10 @@ class BlockStore:
         clock: Clock | None = None,
     ) -> None:
         """Owns both tiers from here on, and closes them."""
-        self._hub = Hub(ram, clock or SystemClock(), bounds or Bounds())
+        self._hub = Hub(ram, nvme, clock or SystemClock(), bounds or Bounds())
         self._loop = BackgroundLoop("kvstore-background")
         self._below = Below(self._hub, nvme, self._loop) if nvme is not None else None
+        self._lookup = Lookup(self._hub, self._below)
 
     # ---- asking
 
@@ -48,42 +53,24 @@ class BlockStore:
         """Where each block is. No side effect at all."""
         hub = self._hub
         with hub.lock:
-            hub.check_open_locked()
-            rows = hub.slots.find(chain.keys)
-            if None not in rows:
-                return Probe([RAM] * len(rows))
-            below = self._peek_locked(chain)
-        return Probe(
-            [
-                RAM if row is not None else NVME if lower else None
-                for row, lower in zip(rows, below, strict=True)
-            ]
-        )
+            hub.check_open()
+            return self._lookup.probe_locked(chain)
 
     def explain(self, chain: Chain) -> Explanation:
         """Where the chain breaks, and why."""
-        tiers = self.probe(chain)
-        present = len(chain) - tiers.tiers.count(None)
         asked = chain.namespace
         with self._hub.lock:
-            known: dict[bytes, Namespace] = dict(self._hub.namespaces)
-            if self._below is not None:
-                known.update(self._below.namespaces())
-            is_known = asked.fingerprint in known
-            if tiers.prefix == len(chain):
-                return Explanation(len(chain), present, None, None, is_known)
-            reason = self._why_absent_locked(chain.keys[tiers.prefix])
-        if is_known or not known or reason is not Miss.ABSENT:
-            return Explanation(len(chain), present, tiers.prefix, reason.value, is_known)
-        nearest = min(known.values(), key=lambda other: len(asked.differences(other)))
-        return Explanation(
-            len(chain),
-            present,
-            tiers.prefix,
-            Miss.IDENTITY.value,
-            is_known,
-            f"{nearest.model} ({nearest.fingerprint.hex()})",
-            asked.differences(nearest),
+            self._hub.check_open()
+            answer = self._lookup.explain_locked(chain)
+            known = self._lookup.namespaces_locked().values()
+        if answer.namespace_known or not known or answer.reason != Miss.ABSENT.value:
+            return answer
+        nearest = min(known, key=lambda other: len(asked.differences(other)))
+        return dataclasses.replace(
+            answer,
+            reason=Miss.IDENTITY.value,
+            nearest=f"{nearest.model} ({nearest.fingerprint.hex()})",
+            differences=asked.differences(nearest),
         )
 
     def stats(self) -> Stats:
@@ -91,6 +78,7 @@ class BlockStore:
         hub = self._hub
         nvme = {} if self._below is None else dict(self._below.tier.stats())
         with hub.lock:
+            hub.check_open()
             space = hub.slots.space
             ram = {
                 "blocks": len(hub.slots),
@@ -123,45 +111,37 @@ class BlockStore:
         hub.settle_orphans()
         expires_s = hub.clock.monotonic_s()
         expires_s += hub.bounds.deadline_s if deadline_s is None else deadline_s
-        fresh: list[Fill] = []
         with hub.lock:
-            hub.check_open_locked()
-            found, miss = self._identical_locked(chain)
+            hub.check_open()
+            found, miss = self._lookup.identical_locked(chain)
             rows = [row for row in found if row is not None]
             if len(rows) == len(chain):
                 self._pin_locked(rows)
                 lease = Lease(hub, chain, rows, [], expires_s, None)
             else:
-                lease, fresh = self._promote_locked(chain, found, miss, expires_s)
+                lease = self._promote_locked(chain, found, miss, expires_s)
         if below is not None:
-            below.promotions.start(chain.namespace, fresh)
             below.touch_used()
         if hub.bounds.verify == "always":
             self._verify(lease, found)
         return lease
 
     def prefetch(self, chain: Chain) -> int:
-        """Start bringing what is on NVMe into RAM; returns for how many blocks.
+        """Start bringing the present prefix from NVMe into RAM; returns for how many blocks.
 
-        A hint: it is refused, and counted, where the promotion queue is full.
+        A hint: it is refused, and counted, where RAM or the promotion queue is full.
         """
         hub, below = self._hub, self._below
         hub.settle_orphans()
         with hub.lock:
-            hub.check_open_locked()
+            hub.check_open()
             if below is None:
                 return 0
             found = hub.slots.find(chain.keys)
-            there = below.peek_locked(chain.keys)
-            fills = below.promotions.fills
-            wanted = [
-                i
-                for i, key in enumerate(chain.keys)
-                if found[i] is None and there[i] and key not in fills
-            ]
-            fresh = below.promotions.begin_locked(chain, wanted)
+            end = self._lookup.prefix_locked(chain, found)
+            wanted = self._lookup.missing_locked(chain, found[:end])
+            fresh = below.promotions.begin_locked(chain, wanted, found[:end])
             hub.counters["prefetch_refused_blocks"] += len(wanted) - len(fresh)
-        below.promotions.start(chain.namespace, fresh)
         return len(fresh)
 
     # ---- writing
@@ -176,14 +156,19 @@ class BlockStore:
         hub.settle_orphans()
         retention = retention or Retention()
         nbytes = chain.namespace.layout.block_bytes
-        fills = {} if self._below is None else self._below.promotions.fills
         with hub.lock:
-            hub.check_open_locked()
+            hub.check_open()
             found = hub.slots.find(chain.keys)
-            wanted = [
-                i for i, row in enumerate(found) if row is None and chain.keys[i] not in fills
-            ]
-            rows = hub.take_slots_locked(nbytes, len(wanted), retention.priority)
+            wanted = self._lookup.missing_locked(chain, found)
+            # A priority that the budget will not grant makes no room either.
+            allowed = hub.allowed_locked(
+                chain.namespace.fingerprint, retention.priority, [nbytes] * len(wanted)
+            )
+            rows = hub.take_slots_locked(nbytes, allowed, retention.priority, found)
+            if len(rows) == allowed < len(wanted):
+                others = len(wanted) - allowed
+                more = hub.take_slots_locked(nbytes, others, DEFAULT_PRIORITY, found)
+                rows = np.concatenate([rows, more])
             hub.counters["reserve_refused_blocks"] += len(wanted) - len(rows)
             del wanted[len(rows) :]
             return Reservation(hub, chain, wanted, rows, retention, self._committed_locked)
@@ -195,24 +180,20 @@ class BlockStore:
         fingerprint = chain.namespace.fingerprint
         nbytes = chain.namespace.layout.block_bytes
         with hub.lock:
-            hub.check_open_locked()
-            slots = hub.slots
+            hub.check_open()
+            slots, now_s = hub.slots, hub.clock.wall_s()
             found = slots.find(chain.keys)
-            there = self._peek_locked(chain)
+            there = [False] * len(chain) if below is None else below.holds_locked(chain.keys)
             held = [i for i, row in enumerate(found) if row is not None or there[i]]
-            protected = slots.protected_bytes[slots.namespace_id(fingerprint)]
-            if below is not None:
-                protected = max(protected, below.tier.protected_bytes(fingerprint))
+            slots.expire(now_s)
             sizes = [0 if self._stands_above_locked(found[i]) else nbytes for i in held]
-            allowed = within_budget(
-                retention.priority, sizes, protected, hub.bounds.protected_bytes
-            )
+            allowed = hub.allowed_locked(fingerprint, retention.priority, sizes)
             rows = [row for i in held[:allowed] if (row := found[i]) is not None]
-            now_s = hub.clock.wall_s()
             slots.retain(np.array(rows, dtype=np.int64), retention.priority, ttl_s, now_s)
-        if below is not None:
-            lower = [chain.keys[i] for i in held[:allowed] if there[i]]
-            below.retain(lower, retention.priority, now_s + ttl_s if ttl_s else 0.0)
+            if below is not None:
+                lower = [chain.keys[i] for i in held[:allowed] if there[i]]
+                expires_s = now_s + ttl_s if ttl_s else 0.0
+                below.errands.retain_locked(lower, retention.priority, expires_s)
         clipped = allowed if ttl_s < (retention.ttl_s or 0.0) else 0
         return Retained(allowed - clipped, clipped, len(held) - allowed, len(chain) - len(held))
 
@@ -220,68 +201,51 @@ class BlockStore:
         """Drop blocks from every tier; returns how many were held and are no longer found.
 
         A block that a lease has pinned stays in RAM until it is evicted otherwise.
+        One that is on its way from NVMe is a miss for those who wait for it.
         """
         hub, below = self._hub, self._below
         hub.settle_orphans()
+        keys = list(dict.fromkeys(chain.keys))
         with hub.lock:
-            hub.check_open_locked()
-            found = [row for row in hub.slots.find(chain.keys) if row is not None]
-            lower: list[Key] = []
+            hub.check_open()
+            held = {key for key in keys if key in hub.slots.index.rows_by_key}
+            self._drop_locked(keys)
             if below is not None:
-                below.demotions.withdraw_locked(found)
-                there = below.peek_locked(chain.keys)
-                lower = [key for key, held in zip(chain.keys, there, strict=True) if held]
-                below.delete_locked(lower)
-            rows = np.array(found, dtype=np.int64)
-            rows = rows[hub.slots.index.pins[rows] == 0]
-            gone = {hub.slots.index.keys[row] for row in rows.tolist()}
-            hub.slots.evict(rows)
-            hub.slots.free(rows)
-        return len(gone.union(lower))
+                fills = below.promotions.fills
+                for fill in [fills[key] for key in keys if key in fills]:
+                    below.promotions.drop_locked(fill, Miss.EVICTED)
+                lower = [
+                    key for key, there in zip(keys, below.holds_locked(keys), strict=True) if there
+                ]
+                below.errands.delete_locked(lower)
+                held.update(lower)
+                hub.notify_locked()
+            return len(held.difference(hub.slots.index.rows_by_key))
 
     # ---- ending
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until NVMe has all that RAM holds, as far as it takes it; False on timeout."""
-        hub, below = self._hub, self._below
-        if below is None:
-            return True
-        until_s = None if timeout_s is None else hub.clock.monotonic_s() + timeout_s
-        with hub.lock:
-            keys = list(hub.slots.index.rows_by_key)
-            safe = below.tier.peek(keys)
-            waiting = [key for key, there in zip(keys, safe, strict=True) if not there]
-            while True:
-                batch = waiting[: below.demotions.room_locked()]
-                del waiting[: len(batch)]
-                rows = hub.slots.find(batch)
-                below.demotions.offer_locked([row for row in rows if row is not None])
-                if not waiting and below.demotions.idle:
-                    return True
-                left_s = None if until_s is None else until_s - hub.clock.monotonic_s()
-                if left_s is not None and left_s <= 0:
-                    return False
-                hub.changed.wait(left_s)
+        with self._hub.lock:
+            self._hub.check_open()
+        return self._flush(timeout_s)
 
     def close(self) -> None:
-        """Write behind all that was committed, then give everything back. May be called twice."""
-        hub, below = self._hub, self._below
+        """Write behind all that was committed, then give everything back. May be called twice.
+
+        A tier that does not answer is not waited for: what it holds is given
+        back when it does, if ever.
+        """
+        hub = self._hub
         hub.settle_orphans()
         with hub.lock:
             if hub.closed:
                 return
             hub.closed = True
-        with contextlib.ExitStack() as ending:
-            ending.callback(self._loop.stop)
-            ending.callback(lambda: self._loop.spawn(hub.ram.close()).result())
-            ending.callback(hub.release_views)
-            if below is not None:
-                tier = below.tier
-                ending.callback(lambda: self._loop.spawn(tier.close()).result())
-                self.flush()
-                with hub.lock:
-                    while below.promotions.fills:
-                        hub.changed.wait()
+        try:
+            self._flush(None)
+        finally:
+            self._give_back()
 
     def __enter__(self) -> BlockStore:
         return self
@@ -296,64 +260,79 @@ class BlockStore:
             hub.slots.check_invariants()
             if self._below is not None:
                 self._below.promotions.check_invariants_locked()
+                self._below.demotions.check_invariants_locked()
 
     # ---- inside
 
-    def _peek_locked(self, chain: Chain) -> list[bool]:
-        """Which blocks the lower tier would serve now."""
-        if self._below is None:
-            return [False] * len(chain)
-        return self._below.peek_locked(chain.keys)
+    def _give_back(self) -> None:
+        ended, below = self._loop.spawn(self._end()), self._below
+        if below is not None and below.transfers.unanswered:
+            log.warning("closed without an answer from %s to earlier calls", below.tier.name)
+            ended.add_done_callback(lambda _: self._loop.stop())
+            return
+        try:
+            ended.result()
+        finally:
+            self._loop.stop()
 
-    def _identical_locked(self, chain: Chain) -> tuple[list[int | None], Miss | None]:
-        """Rows of the chain's resident blocks; up to the first that is not what it is asked as.
+    async def _end(self) -> None:
+        """Close the tiers once they are done with each other's memory."""
+        async with contextlib.AsyncExitStack() as ending:
+            ending.push_async_callback(self._hub.ram.close)
+            ending.callback(self._hub.release_views)
+            if self._below is not None:
+                ending.push_async_callback(self._below.tier.close)
+                await self._below.transfers.settled()
 
-        Keys hash the namespace, so this bites only when a caller mixes up its
-        chains; what it protects is worth the few microseconds.
-        """
-        slots = self._hub.slots
-        found = slots.find(chain.keys)
-        held = [i for i, row in enumerate(found) if row is not None]
-        rows = np.array([found[i] for i in held], dtype=np.int64)
-        same = slots.index.namespace[rows] == slots.namespace_id(chain.namespace.fingerprint)
-        same &= slots.index.nbytes[rows] == chain.namespace.layout.block_bytes
-        if same.all():
-            return found, None
-        return found[: held[int(np.argmin(same))]], Miss.IDENTITY
+    def _flush(self, timeout_s: float | None) -> bool:
+        hub, below = self._hub, self._below
+        if below is None:
+            return True
+        until_s = None if timeout_s is None else hub.clock.monotonic_s() + timeout_s
+        with hub.lock:
+            keys = list(hub.slots.index.rows_by_key)
+        waiting = [key for key, there in zip(keys, below.tier.peek(keys), strict=True) if not there]
+        with hub.lock:
+            while True:
+                while waiting and (room := below.demotions.room_locked()):
+                    rows = hub.slots.find(waiting[:room])
+                    below.demotions.offer_locked([row for row in rows if row is not None])
+                    del waiting[:room]
+                if not waiting and below.idle:
+                    return True
+                left_s = None if until_s is None else until_s - hub.clock.monotonic_s()
+                if left_s is not None and left_s <= 0:
+                    return False
+                hub.changed.wait(left_s)
 
     def _promote_locked(
         self, chain: Chain, found: list[int | None], miss: Miss | None, expires_s: float
-    ) -> tuple[Lease, list[Fill]]:
-        """A lease over rows and fills, and those of the fills that are to be started."""
+    ) -> Lease:
+        """A lease over what is in RAM, what is on its way, and what is fetched for it."""
         hub, below = self._hub, self._below
-        fills = {} if below is None else below.promotions.fills
-        there = self._peek_locked(chain)
-        end = 0
-        while end < len(found) and (
-            found[end] is not None or there[end] or chain.keys[end] in fills
-        ):
-            end += 1
+        end = self._lookup.prefix_locked(chain, found)
         if end < len(found):
-            miss = self._why_absent_locked(chain.keys[end])
-        self._pin_locked([row for row in found[:end] if row is not None])
-        wanted = [i for i in range(end) if found[i] is None and chain.keys[i] not in fills]
-        fresh = [] if below is None else below.promotions.begin_locked(chain, wanted)
-        if len(fresh) < len(wanted):
-            # No room in RAM or in the queue: serve what fits, rather than wait.
-            shorter = wanted[len(fresh)]
-            surplus = [row for row in found[shorter:end] if row is not None]
-            hub.slots.unpin(np.array(surplus, dtype=np.int64), hub.clock.wall_s())
-            end, miss = shorter, Miss.TOO_SLOW
-            hub.counters["acquires_shortened"] += 1
+            miss = self._lookup.why_absent_locked(chain.keys[end])
+        fills: dict[Key, Fill] = {}
+        if below is not None:
+            fills = below.promotions.fills
+            wanted = self._lookup.missing_locked(chain, found[:end])
+            fresh = below.promotions.begin_locked(chain, wanted, found[:end])
+            if len(fresh) < len(wanted):
+                # No room in RAM or in the queue: serve what fits, rather than wait.
+                end, miss = wanted[len(fresh)], Miss.TOO_SLOW
+                hub.counters["acquires_shortened"] += 1
         pending = [(i, fills[chain.keys[i]]) for i in range(end) if found[i] is None]
-        hub.counters["coalesced_blocks"] += len(pending) - len(fresh)
+        ours = chain.namespace.fingerprint
+        stranger = next((i for i, fill in pending if fill.namespace != ours), end)
+        if stranger < end:
+            end, miss = stranger, Miss.IDENTITY
+            pending = [(i, fill) for i, fill in pending if i < end]
+        if below is not None:
+            hub.counters["coalesced_blocks"] += len(pending) - len(fresh)
+        self._pin_locked([row for row in found[:end] if row is not None])
         rows = [PENDING if row is None else row for row in found[:end]]
-        return Lease(hub, chain, rows, pending, expires_s, miss), fresh
-
-    def _why_absent_locked(self, key: Key) -> Miss:
-        if self._hub.slots.was_evicted(key):
-            return Miss.EVICTED
-        return Miss.ABSENT if self._below is None else self._below.why_absent(key)
+        return Lease(hub, chain, rows, pending, expires_s, miss)
 
     def _pin_locked(self, rows: list[int]) -> None:
         array = np.array(rows, dtype=np.int64)
@@ -363,18 +342,30 @@ class BlockStore:
     def _verify(self, lease: Lease, found: list[int | None]) -> None:
         """Cut the lease at the first RAM block whose bytes are not those committed."""
         hub = self._hub
-        rows = [PENDING if row is None else row for row in found[: len(lease)]]
-        sums = hub.sums([row for row in rows if row != PENDING])
+        rows = {row: i for i, row in enumerate(found[: len(lease)]) if row is not None}
+        damaged = hub.damaged_among(rows)
+        if not damaged:
+            return
+        position = min(rows[row] for row in damaged)
         with hub.lock:
-            for position, row in enumerate(rows):
-                if row == PENDING or sums[row] == hub.checksums.get(row):
-                    continue
-                lease.cut_locked(position, Miss.CHECKSUM)
-                if not hub.slots.index.pins[row]:
-                    bad = np.array([row], dtype=np.int64)
-                    hub.slots.evict(bad)
-                    hub.slots.free(bad)
-                return
+            lease.cut_locked(position, Miss.CHECKSUM)
+            keys = [key for row in damaged if (key := hub.slots.index.keys[row]) is not None]
+            for key in keys:
+                hub.remember_damaged_locked(key)
+            self._drop_locked(keys)
+
+    def _drop_locked(self, keys: list[Key]) -> None:
+        """Evict from RAM those of these blocks that no lease holds. Keys are distinct."""
+        hub, below = self._hub, self._below
+        rows = [row for row in hub.slots.find(keys) if row is not None]
+        if below is not None:
+            below.demotions.withdraw_locked(rows)
+        loose = np.array(rows, dtype=np.int64)
+        loose = loose[hub.slots.index.pins[loose] == 0]
+        hub.slots.evict(loose)
+        if below is not None:  # what is being written is given back when it is written
+            loose = loose[[not below.demotions.is_writing_locked(row) for row in loose.tolist()]]
+        hub.slots.free(loose)
 
     def _stands_above_locked(self, row: int | None) -> bool:
         return row is not None and bool(self._hub.slots.index.priority[row] > DEFAULT_PRIORITY)

@@ -63,7 +63,7 @@ LAYERS = {
     "kernels": Layer("kernels", "errors pure"),
     "tiers": Layer("tiers", "errors pure clock tier"),
     "store": Layer(
-        "store below hub lease reservation promotion demotion background",
+        "store below hub lease reservation promotion demotion background transfer errands lookup",
         "errors pure clock tier",
     ),
     "engine": Layer("engine", "errors pure clock tier kernels tiers store"),
