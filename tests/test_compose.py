@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_every_bound_reaches_the_store() -> None:
 
 
 def test_settings_name_every_bound() -> None:
-    assert Bounds(**StoreSettings().model_dump()) == Bounds()
+    assert StoreSettings().model_dump() == dataclasses.asdict(Bounds())
 
 
 @pytest.mark.parametrize(
