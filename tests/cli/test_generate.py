@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,3 +86,26 @@ def test_the_prompt_comes_from_stdin(home: Path, model: Path) -> None:
     assert done.returncode == 0, done.stderr
     usage = Done(0, done.stdout.decode(), "").data["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(PROMPT), 3)
+
+
+def test_progress_goes_to_a_terminal_and_json_to_stdout(home: Path, model: Path) -> None:
+    command = [sys.executable, "-m", "kvstore", "generate", "--model", str(model), "--json"]
+    terminal, end = pty.openpty()
+    try:
+        done = subprocess.run(
+            [*command, "--max-tokens", "2", PROMPT],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=end,
+            cwd=home,
+            env=environment(home, TERM="xterm"),
+            check=False,
+        )
+        shown = os.read(terminal, 1 << 20).decode()
+    finally:
+        os.close(terminal)
+        os.close(end)
+    assert done.returncode == 0
+    assert Done(0, done.stdout.decode(), "").data["usage"]["completion_tokens"] == 2
+    assert "Loading tiny" in shown
+    assert "Reading the prompt" in shown
