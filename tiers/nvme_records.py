@@ -61,7 +61,9 @@ class RecordFile:
     def __init__(self, path: Path, map_bytes: int, durability: Durability = "cache") -> None:
         """Opens or creates. Raises `RecordError`: `lmdb.Error` for a file that is not sound."""
         self.path = path
+        self._fresh = path.with_suffix(".new")
         self._durability = durability
+        self._fresh.unlink(missing_ok=True)  # half-made by a process that was killed
         if not path.exists():
             self._create(map_bytes)
         elif path.stat().st_size:
@@ -90,11 +92,9 @@ class RecordFile:
 
     def _create(self, map_bytes: int) -> None:
         """LMDB takes several steps. Who is killed between them leaves no file of this name."""
-        fresh = self.path.with_suffix(".new")
-        fresh.unlink(missing_ok=True)
-        self._open(fresh, map_bytes)
+        self._open(self._fresh, map_bytes)
         self._env.close()
-        fresh.rename(self.path)
+        self._fresh.rename(self.path)
 
     def _open(self, path: Path, map_bytes: int) -> None:
         # No lock file: the directory is locked, and nobody reads while we write.
@@ -186,11 +186,9 @@ class RecordFile:
 
     def shrink(self, map_bytes: int) -> None:
         """Rewrite the file so that it takes no more than `map_bytes`."""
-        fresh = self.path.with_suffix(".new")
-        fresh.unlink(missing_ok=True)
-        self._env.copy(str(fresh), compact=True)
+        self._env.copy(str(self._fresh), compact=True)
         self._env.close()
-        fresh.rename(self.path)
+        self._fresh.rename(self.path)
         self._open(self.path, map_bytes)
         self._allocate(map_bytes)
 
