@@ -137,7 +137,9 @@ class RecordFile:
             records = unpack_records(list(txn.cursor().iternext(keys=False)))
             keys = b"".join(txn.cursor().iternext(values=False))
         if len(keys) != _OFFSET.size * len(records.rows):
-            raise lmdb.CorruptedError(f"{self.path.name} has a record under a key of another length")
+            raise lmdb.CorruptedError(
+                f"{self.path.name} has a record under a key of another length"
+            )
         return np.frombuffer(keys, ">u8").astype(np.uint64), records
 
     def namespaces(self) -> dict[bytes, Namespace]:
