@@ -50,7 +50,9 @@ class Demotions:
         self._queue: dict[int, None] = {}  # rows, oldest first
         self._in_flight: set[int] = set()
         self._withdrawn: set[int] = set()  # of those in flight: evicted by the caller
+        self._most_writers = hub.bounds.transfers_in_flight
         self._writers = 0
+        self._starting = False  # one of them has yet to look at the queue; it starts the next
         self._known: set[bytes] = set()  # namespaces that the tier remembers
 
     @property
@@ -80,9 +82,9 @@ class Demotions:
             self.start_locked()
 
     def start_locked(self) -> None:
-        """See to it that what can be written is being written."""
-        wanted = min(len(self._queue), self._hub.bounds.transfers_in_flight)
-        while self._writers < wanted:
+        """See to it that what is queued is being written."""
+        if self._queue and not self._starting and self._writers < self._most_writers:
+            self._starting = True
             self._writers += 1
             self._loop.spawn(self._write_until_empty())
 
@@ -108,11 +110,13 @@ class Demotions:
     async def _write_until_empty(self) -> None:
         while True:
             with self._hub.lock:
+                self._starting = False
                 batch = self._next_locked()
                 if batch is None:
                     self._writers -= 1
                     self._hub.notify_locked()
                     return
+                self.start_locked()
             await self._transfers.run(partial(self._write, batch), partial(self._land, batch))
 
     def _next_locked(self) -> Batch | None:

@@ -100,6 +100,7 @@ class RamTier:
             self.buffer.release()
             with contextlib.suppress(BufferError):
                 self._map.close()
+            del self._map
 
     def check_invariants(self) -> None:
         """Raises InvariantError where the slots contradict themselves."""
