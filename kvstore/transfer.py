@@ -87,6 +87,7 @@ class Transfers:
             self._breaker.succeeded()
             return task.result()
         # A tier that fails as a whole costs hits, never a request.
-        log.warning("%s: %s: %s", self._name, type(error).__name__, error)
+        # Its text: a log that keeps an error keeps its frames, and their buffers.
+        log.warning("%s: %s: %s", self._name, type(error).__name__, str(error))
         self._breaker.failed(self._clock.monotonic_s())
         return None

@@ -154,7 +154,9 @@ class BlockFile:
         try:
             self._driver.run(op, self._fd, requests, moved)
         except OSError as error:
-            log.warning("%s driver: %s; moving the blocks one by one", self._driver.name, error)
+            # Its text: a log that keeps an error keeps its frames, and their buffers.
+            text = str(error)
+            log.warning("%s driver: %s; moving the blocks one by one", self._driver.name, text)
         # One bad sector, or the end of the file, is not to cost its neighbours.
         for number in sorted(left):
             for place in runs[number]:

@@ -160,7 +160,9 @@ class Slab:
             self.counters[f"failures_{reason}"] += 1
             if self.failure is None:
                 self.failure = reason
-                log.error("%s: %s; nothing is written here any more", self._directory.path, error)
+                # Its text: a log that keeps an error keeps its frames, and their buffers.
+                path, text = self._directory.path, str(error)
+                log.error("%s: %s; nothing is written here any more", path, text)
 
     def close(self) -> None:
         """Write down what was used, and let go of everything. No reads or writes may run."""

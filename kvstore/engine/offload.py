@@ -202,4 +202,6 @@ class Offload:
         except Exception as error:
             self.counters["store_errors"] += 1
             level = logging.WARNING if self.counters["store_errors"] == 1 else logging.DEBUG
-            log.log(level, "the store failed (%s), going on without it: %r", action, error)
+            # Its text: a log that keeps an error keeps its frames, and their buffers.
+            text = repr(error)
+            log.log(level, "the store failed (%s), going on without it: %s", action, text)
