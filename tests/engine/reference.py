@@ -42,7 +42,7 @@ def greedy(model: LoadedModel, prompt: Sequence[int], count: int) -> tuple[int, 
     """One sequence in one run of blocks, nothing shared, the whole prompt in one pass."""
     c = model.config
     slots = len(prompt) + count
-    kv = torch.zeros(c.kv_heads, c.layers, 2, slots, c.head_dim)
+    kv = torch.zeros(c.kv_heads, c.layers, 2, slots, c.head_dim, dtype=model.decoder.dtype)
     tokens, done = list(prompt), 0
     while len(tokens) < slots:
         span = SequenceSpan(len(tokens) - done, done, range(slots))

@@ -23,6 +23,7 @@ from tests.engine.reference import (
     check,
     drain,
     engine_over,
+    greedy,
     sources,
 )
 from tests.engine.tiny import tiny_model
@@ -44,17 +45,27 @@ def reusable(prompts: Sequence[Sequence[int]]) -> list[int]:
     return [(len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS for prompt in prompts]
 
 
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def model(request: pytest.FixtureRequest, tiny_path: Path) -> LoadedModel:
+    return load(tiny_path, {"float32": torch.float32, "bfloat16": torch.bfloat16}[request.param])
+
+
+@pytest.fixture(scope="module")
+def answers(model: LoadedModel) -> list[tuple[int, ...]]:
+    return [greedy(model, prompt, 24) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("max_batch", [1, 8])
 @pytest.mark.parametrize("chunk", [5, 16, 512])
 def test_every_mix_of_hits_gives_the_answers_of_none(
-    tiny: LoadedModel,
-    expected: list[tuple[int, ...]],
+    model: LoadedModel,
+    answers: list[tuple[int, ...]],
     tmp_path: Path,
     chunk: int,
     max_batch: int,
 ) -> None:
     options = {"max_batch": max_batch, "prefill_chunk_tokens": chunk}
-    with nvme_store(tmp_path) as store, engine_over(tiny, store, **options) as engine:
+    with nvme_store(tmp_path) as store, engine_over(model, store, **options) as engine:
         cold = engine.generate(PROMPTS, GREEDY)
         hbm = engine.generate(PROMPTS, GREEDY)
         engine.clear_hbm()
@@ -65,14 +76,14 @@ def test_every_mix_of_hits_gives_the_answers_of_none(
             store.evict(TokenChain(engine.namespace, prompt).chain(3))
         part = engine.generate(PROMPTS, GREEDY)
         for outputs in (cold, hbm, ram, part):
-            check(outputs, expected)
+            check(outputs, answers)
         assert [output.usage.hbm_tokens for output in hbm] == reusable(PROMPTS)
         for output, tokens in zip(ram, reusable(PROMPTS), strict=True):
             assert output.usage.ram_tokens + output.usage.hbm_tokens == tokens
         assert part[0].usage.ram_tokens == 3 * BLOCK_TOKENS
-    with nvme_store(tmp_path) as store, engine_over(tiny, store, **options) as engine:
+    with nvme_store(tmp_path) as store, engine_over(model, store, **options) as engine:
         nvme = engine.generate(PROMPTS, GREEDY)
-        check(nvme, expected)
+        check(nvme, answers)
         assert nvme[0].usage.nvme_tokens == reusable([LONG])[0]
 
 
@@ -119,6 +130,7 @@ def test_siblings_after_a_load(tiny: LoadedModel, store: BlockStore) -> None:
         engine.generate([LONG], GREEDY)
         engine.clear_hbm()
         (warm,) = engine.generate([LONG], params)
+        assert store.stats().ram["pinned_blocks"] == 0
     assert warm.completions == cold.completions
     assert sources(warm.usage) == (0, 48, 0, 0, 2)
 
@@ -147,6 +159,23 @@ def test_preempted_sequences_come_back_from_the_store(
         assert stats.preemptions > 0
         # A few tokens at the end of the last block are not stored; nothing else is computed twice.
         assert stats.counters["loaded_blocks"] > 0
+
+
+def test_what_the_store_has_lost_is_offered_again_at_preemption(
+    tiny: LoadedModel, expected: list[tuple[int, ...]], store: BlockStore
+) -> None:
+    with engine_over(tiny, store, blocks=25) as engine:
+        old = engine.stream(PROMPTS[5], GREEDY)
+        tokens = next(old).token_ids
+        young = engine.add_request(PROMPTS[2], GREEDY)
+        known = TokenChain(engine.namespace, PROMPTS[2] + list(expected[2])).chain()
+        while engine.stats().preemptions == 0:
+            store.evict(known)
+            tokens += next(old).token_ids
+        assert store.probe(known).prefix >= 1
+        deltas = [delta for delta in drain(engine) if delta.request_id == young]
+        assert tokens + tuple(t for delta in old for t in delta.token_ids) == expected[5]
+        assert tuple(t for delta in deltas for t in delta.token_ids)[-10:] == expected[2][-10:]
 
 
 def test_preemption_without_room_in_the_store_computes_again(

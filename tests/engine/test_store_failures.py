@@ -170,17 +170,22 @@ def test_decoding_goes_on_while_another_loads(
         assert sources(deltas[-1].usage) == (0, 0, 48, 0, 2)
 
 
+@pytest.mark.parametrize(("speed_known", "later_s"), [(False, 7_200.0), (True, 60.0)])
 def test_a_load_that_misses_its_deadline_is_computed_instead(
     tiny: LoadedModel,
     expected: list[tuple[int, ...]],
     gated: tuple[BlockStore, GatedNvme, Clock],
+    speed_known: bool,
+    later_s: float,
 ) -> None:
     store, _, clock = gated
     with engine_over(tiny, store) as engine:
+        if speed_known:  # then the deadline is what computing would take, not the store's own
+            engine.generate([PROMPTS[5]], GREEDY)
         engine.add_request(LONG, GREEDY)
         assert engine.step() == []
         assert engine.stats().loading == 1
-        clock.later_s = 7_200
+        clock.later_s = later_s
         deltas = drain(engine)
         assert tuple(delta.token_ids[0] for delta in deltas) == expected[0]
         assert deltas[-1].usage is not None
