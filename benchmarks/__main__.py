@@ -15,6 +15,7 @@ from benchmarks.catalogue import CATALOGUE, select
 from benchmarks.harness import FULL, QUICK, Bench, outcome
 from benchmarks.rows import Row, Unmeasured
 
+PIPED_COLUMNS = 140  # of a table that goes to a file
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 when every bound is kept, 1 when one is missed or a
     benchmark broke, 2 for a wrong name."""
     given = _parser().parse_args(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS)
     if given.list:
         for benchmark in CATALOGUE:
             console.print(benchmark.name, highlight=False)

@@ -196,16 +196,15 @@ class _Tile:
         self.scale = group.head_dim**-0.5
         # Hidden keys: those after a row's own position. None is hidden before `seen`.
         seen = int(contexts.min()) + first + 1
-        positions = contexts[:, None] + first + torch.arange(rows, device=contexts.device) // (
-            group.shared
-        )
+        tokens_in = first + torch.arange(rows, device=contexts.device) // group.shared
+        positions = contexts[:, None] + tokens_in
         hidden = torch.arange(seen, keys, device=contexts.device) > positions[:, :, None]
         self.hidden = hidden[:, None]
         self.maybe_hidden = self.scores.view(group.count, group.kv_heads, rows, keys)[..., seen:]
         in_rows = (group.count, group.kv_heads, rows, group.head_dim)
-        in_tokens = (2, (tokens, group.shared))
-        self.query_in = self.query.view(in_rows)[:, :, :used].unflatten(*in_tokens)
-        self.sums_out = self.sums.view(in_rows)[:, :, :used].unflatten(*in_tokens).transpose(1, 2)
+        in_tokens = (group.count, group.kv_heads, tokens, group.shared, group.head_dim)
+        self.query_in = self.query.view(in_rows)[:, :, :used].view(in_tokens)
+        self.sums_out = self.sums.view(in_rows)[:, :, :used].view(in_tokens).transpose(1, 2)
 
     def attend(self, query: Tensor, out: Tensor) -> None:
         self.query_in.copy_(query.index_select(0, self.rows).view(self.shape).transpose(1, 2))

@@ -56,5 +56,3 @@ def copy_out(kv: Tensor, blocks: Sequence[int], block_tokens: int) -> list[bytes
         )
         out.append(piece)
     return out
-
-

@@ -32,7 +32,6 @@ PACKAGES: dict[str, str] = {
     "lmdb": "tiers",
     "msgpack": "tiers",
     "pydantic": "settings",
-    "pydantic_settings": "settings",
     "rich": "cli",
     "safetensors": "engine",
     "tokenizers": "engine",

@@ -15,7 +15,7 @@ import kvstore
 ROOT = Path(__file__).parents[1]
 HEAVY = {
     *("torch", "cupy", "grpc", "transformers", "tokenizers", "safetensors", "gguf", "jinja2"),
-    *("numpy", "lmdb", "zstandard", "msgpack", "pydantic", "pydantic_settings", "rich", "click"),
+    *("numpy", "lmdb", "zstandard", "msgpack", "pydantic", "rich", "click"),
 }
 
 

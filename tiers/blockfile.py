@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvstore.allocator import ALIGN_BYTES, align_up
-from kvstore.tiers.driver import Driver, Op, Request
-from kvstore.tiers.uring import address
+from kvstore.tiers.driver import Driver, Op, Request, address
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +94,21 @@ class BlockFile:
             self._fd = -1
 
     def _move(self, op: Op, blocks: Sequence[Block], done: Done) -> None:
-        if not self.direct:
-            self._run(op, blocks, range(len(blocks)), done)
+        addresses = [address(block.buffer) for block in blocks]
+        ready = [
+            not self.direct or not (where | block.buffer.nbytes) % ALIGN_BYTES
+            for where, block in zip(addresses, blocks, strict=True)
+        ]
+        if all(ready):
+            self._run(op, blocks, addresses, done)
             return
-        ready = [_is_aligned(block.buffer) for block in blocks]
         numbers = [number for number, aligned in enumerate(ready) if aligned]
-        if numbers:
-            self._run(op, [blocks[number] for number in numbers], numbers, done)
+        self._run(
+            op,
+            [blocks[number] for number in numbers],
+            [addresses[number] for number in numbers],
+            lambda place, error: done(numbers[place], error),
+        )
         lent: list[int] = []
         lent_bytes = 0
         for number, aligned in enumerate(ready):
@@ -135,21 +142,25 @@ class BlockFile:
                 buffer.cast("B")[:] = lent[place].buffer[: buffer.nbytes]
             done(numbers[place], error)
 
-        self._run(op, lent, range(len(lent)), copied)
+        self._run(op, lent, [address(block.buffer) for block in lent], copied)
 
-    def _run(self, op: Op, blocks: Sequence[Block], numbers: Sequence[int], done: Done) -> None:
+    def _run(self, op: Op, blocks: Sequence[Block], addresses: Sequence[int], done: Done) -> None:
         runs = _merge(blocks)
         requests = [
-            Request(blocks[run[0]].offset, [blocks[place].buffer for place in run]) for run in runs
+            Request(
+                blocks[run[0]].offset,
+                [blocks[number].buffer for number in run],
+                [addresses[number] for number in run],
+            )
+            for run in runs
         ]
         left = set(range(len(runs)))
 
         def moved(number: int, nbytes: int) -> None:
-            run = runs[number]
-            if nbytes == sum(blocks[place].buffer.nbytes for place in run):
+            if nbytes == sum(blocks[member].buffer.nbytes for member in runs[number]):
                 left.discard(number)
-                for place in run:
-                    done(numbers[place], 0)
+                for member in runs[number]:
+                    done(member, 0)
 
         try:
             self._driver.run(op, self._fd, requests, moved)
@@ -159,8 +170,8 @@ class BlockFile:
             log.warning("%s driver: %s; moving the blocks one by one", self._driver.name, text)
         # One bad sector, or the end of the file, is not to cost its neighbours.
         for number in sorted(left):
-            for place in runs[number]:
-                done(numbers[place], self._move_alone(op, blocks[place]))
+            for member in runs[number]:
+                done(member, self._move_alone(op, blocks[member]))
 
     def _move_alone(self, op: Op, block: Block) -> int:
         """Move one block to its end however short the steps; 0, or the errno."""
@@ -188,10 +199,6 @@ def _open(path: Path) -> tuple[int, bool]:
     fd = os.open(path, flags, 0o600)
     log.warning("%s: no O_DIRECT on this file system; I/O goes through the page cache", path)
     return fd, False
-
-
-def _is_aligned(buffer: memoryview) -> bool:
-    return not buffer.nbytes % ALIGN_BYTES and not address(buffer) % ALIGN_BYTES
 
 
 def _merge(blocks: Sequence[Block]) -> list[list[int]]:

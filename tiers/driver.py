@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
+
 log = logging.getLogger(__name__)
 
 DriverName = Literal["auto", "uring", "threads"]
@@ -28,11 +30,12 @@ class Request(NamedTuple):
     """One contiguous run of a file, and the buffers that it is read into or written from.
 
     At most 1,024 buffers (IOV_MAX). They belong to the caller, and must not be
-    touched or freed before `run` has returned.
+    touched or freed before `run` has returned. `addresses` is where they lie.
     """
 
     offset: int
     buffers: Sequence[memoryview]
+    addresses: Sequence[int]
 
 
 class Driver(Protocol):
@@ -54,6 +57,12 @@ class Driver(Protocol):
     def close(self) -> None:
         """Give back rings and threads. Nothing may be running."""
         ...
+
+
+def address(buffer: memoryview) -> int:
+    """Where a contiguous buffer lies in memory; read-only buffers too."""
+    where: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
+    return where
 
 
 def open_driver(name: DriverName) -> Driver:

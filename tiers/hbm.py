@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore.errors import SettingsError
+from kvstore.kernels.block_copy import copy_in, copy_out
 from kvstore.layout import BlockLayout
 from kvstore.tiers.block_pool import BlockPool
 
@@ -54,22 +53,12 @@ class HbmTier:
 
     def write_out(self, blocks: Sequence[int], views: Sequence[memoryview]) -> None:
         """Copy blocks to `views`, `block_bytes` each, in canonical layout."""
-        for block, view in zip(blocks, views, strict=True):
-            self._canonical(view)[:] = self._bytes(block)
+        copy_out(self.kv, blocks, views, self.layout.block_tokens)
 
     def read_in(self, blocks: Sequence[int], views: Sequence[memoryview]) -> None:
         """Fill blocks from `views`, `block_bytes` each, in canonical layout."""
-        for block, view in zip(blocks, views, strict=True):
-            self._bytes(block)[:] = self._canonical(view)
+        copy_in(self.kv, views, blocks, self.layout.block_tokens)
 
     def _block(self, block: int) -> Tensor:
         tokens = self.layout.block_tokens
         return self.kv[:, :, :, block * tokens : (block + 1) * tokens]
-
-    def _bytes(self, block: int) -> NDArray[np.uint8]:
-        """The bytes of a block in the tensor, `[kv_heads, layers, 2, tokens, head]`."""
-        bytes_: NDArray[np.uint8] = self._block(block).view(torch.uint8).numpy()
-        return bytes_
-
-    def _canonical(self, view: memoryview) -> NDArray[np.uint8]:
-        return np.frombuffer(view, dtype=np.uint8).reshape(*self.layout.shape[:4], -1)

@@ -70,32 +70,43 @@ def _begin(
 ) -> list[_Read]:
     """Find and pin the blocks that are there and are what was asked for."""
     table = slab.table
-    found: list[tuple[int, int, Record, int]] = []
     with slab.lock:
-        rows = table.find([request.key for request in requests])
-        for number, (request, row) in enumerate(zip(requests, rows, strict=True)):
+        found = table.find([request.key for request in requests])
+        there = [row for row in found if row is not None]
+        records = iter(table.records(there))
+        offsets = iter(table.slots.index.offset[there].tolist())
+        reads = []
+        for number, (request, row) in enumerate(zip(requests, found, strict=True)):
             if row is None:
                 evicted = table.slots.was_evicted(request.key)
                 results[number] = ReadResult(None, Miss.EVICTED if evicted else Miss.ABSENT)
                 continue
-            record = table.record(row)
+            record, offset = next(records), next(offsets)
             if record.namespace != request.namespace or record.raw_bytes != request.raw_bytes:
                 results[number] = ReadResult(None, Miss.IDENTITY)
                 continue
-            found.append((number, row, record, table.slots.index.offset.item(row)))
-        table.slots.pin(np.array([row for _, row, _, _ in found], dtype=np.int64))
-    encoded = [record.stored_bytes for _, _, record, _ in found if record.codec != "raw"]
-    scratch = memoryview(mmap.mmap(-1, sum(map(align_up, encoded)))) if encoded else memoryview(b"")
-    reads = []
+            buffer = request.buffer.cast("B")[: record.raw_bytes]
+            reads.append(_Read(number, row, record, Block(offset, buffer)))
+        table.slots.pin(np.array([read.row for read in reads], dtype=np.int64))
+    return _with_scratch(reads)
+
+
+def _with_scratch(reads: list[_Read]) -> list[_Read]:
+    """What was stored by a codec goes into memory of our own first."""
+    sizes = [align_up(r.record.stored_bytes) for r in reads if r.record.codec != "raw"]
+    if not sizes:
+        return reads
+    scratch = memoryview(mmap.mmap(-1, sum(sizes)))
+    lent = []
     start = 0
-    for number, row, record, offset in found:
-        if record.codec == "raw":
-            buffer = requests[number].buffer.cast("B")[: record.raw_bytes]
-        else:
-            buffer = scratch[start : start + align_up(record.stored_bytes)]
-            start += len(buffer)
-        reads.append(_Read(number, row, record, Block(offset, buffer)))
-    return reads
+    for read in reads:
+        if read.record.codec != "raw":
+            size = align_up(read.record.stored_bytes)
+            block = Block(read.block.offset, scratch[start : start + size])
+            read = read._replace(block=block)
+            start += size
+        lent.append(read)
+    return lent
 
 
 def _is_sound(read: _Read, out: memoryview) -> bool:

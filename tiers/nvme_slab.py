@@ -11,8 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import lmdb
+import numpy as np
 
 from kvstore.errors import DirectoryError, InvariantError
+from kvstore.frame import names
+from kvstore.hashing import Key
 from kvstore.identity import Namespace
 from kvstore.index import State
 from kvstore.policy import Rows
@@ -20,7 +23,8 @@ from kvstore.tiers.blockfile import BlockFile
 from kvstore.tiers.driver import Driver
 from kvstore.tiers.nvme_directory import Directory, Sizes
 from kvstore.tiers.nvme_records import DamageError, Durability, Put, RecordError, RecordFile
-from kvstore.tiers.nvme_table import BlockTable, Written
+from kvstore.tiers.nvme_rows import RecordRows, seal
+from kvstore.tiers.nvme_table import BlockTable
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +105,10 @@ class Slab:
 
     # ---- changes, called from worker threads
 
-    def publish(self, batch: Sequence[Written], written_today: tuple[int, int]) -> None:
-        """Make blocks whose bytes are in the slab durable and visible.
+    def publish(
+        self, rows: Sequence[int], records: RecordRows, written_today: tuple[int, int]
+    ) -> None:
+        """Make blocks whose bytes are in the slab durable and visible: a row, a record.
 
         What someone else published first is dropped. On `RecordError` nothing is
         visible, and the rows are free again. `written_today` is the day and its
@@ -110,24 +116,28 @@ class Slab:
         """
         if self.durability == "sync":
             self.file.sync()
+        puts = list(map(Put, records["offset"].tolist(), seal(records)))
+        keys = names(records["key"])
         with self.commits:
             with self.lock:
-                held = self.table.slots.find([written.record.key for written in batch])
-            fresh: dict[bytes, Written] = {}
-            late: list[int] = []
-            for written, row in zip(batch, held, strict=True):
-                if row is not None or fresh.setdefault(written.record.key, written) is not written:
-                    late.append(written.row)
-            puts = [Put(written.offset, written.packed) for written in fresh.values()]
+                held = self.table.slots.find(keys)
+            first: dict[Key, int] = {}
+            for place, (key, row) in enumerate(zip(keys, held, strict=True)):
+                if row is None:
+                    first.setdefault(key, place)
+            fresh = list(first.values())
+            late = sorted(set(range(len(keys))).difference(fresh))
             try:
-                self.records.put(puts, written_today)
+                self.records.put([puts[place] for place in fresh], written_today)
             except RecordError:
                 with self.lock:
-                    self.table.abandon([written.row for written in batch])
+                    self.table.abandon(rows)
                 raise
             with self.lock:
-                self.table.abandon(late)
-                self.table.publish(list(fresh.values()))
+                self.table.abandon([rows[place] for place in late])
+                self.table.publish(
+                    np.array([rows[place] for place in fresh], dtype=np.int64), records[fresh]
+                )
 
     def release(self, rows: Rows) -> None:
         """EVICTING rows: first their records go, and only then their extents are free.

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.errors import InvariantError
-from kvstore.frame import CODEC_NUMBERS, RECORD_DTYPE, Records, checksum, names, pack_record
+from kvstore.frame import RECORD_DTYPE, Records, names
 from kvstore.hashing import Key
 from kvstore.index import State
 from kvstore.policy import Rows
 from kvstore.slots import Batch, SlotTable, StoredBlocks
 from kvstore.tier import Record
 from kvstore.tiers.nvme_records import Put
-
-_CODEC_NAMES = {number: name for name, number in CODEC_NUMBERS.items()}
-_SEAL_OFFSET = RECORD_DTYPE.fields["seal"][1] if RECORD_DTYPE.fields else 0
-
-
-class Written(NamedTuple):
-    """A block whose bytes are in the slab: what there is to publish."""
-
-    row: int
-    offset: int
-    record: Record
-    packed: bytes
+from kvstore.tiers.nvme_rows import RecordRows, seal, undescribe
 
 
 class BlockTable:
@@ -94,28 +82,12 @@ class BlockTable:
             return [None if row in self._doomed else row for row in rows]
         return rows
 
-    def record(self, row: int) -> Record:
-        fields = self._records[row].item()
-        _, codec, _, _, start, heads, raw, stored, _, digest, created, used, _, *identity, _ = (
-            fields
-        )
-        namespace, key, parent = identity
+    def records(self, rows: Sequence[int]) -> list[Record]:
+        """What is known of these blocks."""
+        array = np.array(rows, dtype=np.int64)
         index = self.slots.index
-        return Record(
-            namespace=namespace,
-            key=key,
-            parent=parent,
-            raw_bytes=raw,
-            shard_start=start,
-            shard_heads=heads,
-            codec=_CODEC_NAMES[codec],
-            stored_bytes=stored,
-            checksum=digest,
-            created_s=created,
-            last_use_s=used,
-            priority=index.priority.item(row),
-            expires_s=index.expires_s.item(row),
-        )
+        priorities, expires_s = index.priority[array].tolist(), index.expires_s[array].tolist()
+        return undescribe(self._records[array], priorities, expires_s)
 
     def touch(self, rows: Sequence[int], now_s: float) -> None:
         """These blocks were used."""
@@ -139,28 +111,24 @@ class BlockTable:
         self._reserved -= len(rows)
         self.slots.free(np.array(rows, dtype=np.int64))
 
-    def publish(self, batch: Sequence[Written]) -> None:
+    def publish(self, rows: Rows, records: RecordRows) -> None:
         """RESERVED -> RESIDENT. The keys must be distinct, and none resident."""
-        groups: dict[tuple[bytes, int], list[Written]] = {}
-        for written in batch:
-            group = (written.record.namespace, written.record.priority)
-            groups.setdefault(group, []).append(written)
-        for (namespace, priority), members in groups.items():
-            rows = np.array([member.row for member in members], dtype=np.int64)
-            records = [member.record for member in members]
-            keys = [record.key for record in records]
-            parents = [record.parent for record in records]
-            won = self.slots.commit(rows, Batch(namespace, keys, parents, priority))
-            if not all(won):
-                raise InvariantError("a block was published twice")
-            self._reserved -= len(rows)
-            self._records[rows] = np.frombuffer(
-                b"".join(member.packed for member in members), RECORD_DTYPE
+        keys, parents = names(records["key"]), names(records["parent"])
+        groups: dict[tuple[bytes, int], list[int]] = {}
+        claims = zip(names(records["namespace"]), records["priority"].tolist(), strict=True)
+        for place, claim in enumerate(claims):
+            groups.setdefault(claim, []).append(place)
+        for (namespace, priority), places in groups.items():
+            batch = Batch(
+                namespace, [keys[i] for i in places], [parents[i] for i in places], priority
             )
-            self._touched[rows] = False
-            for row, record in zip(rows.tolist(), records, strict=True):
-                if record.expires_s:
-                    self.slots.expire_at(np.array([row], dtype=np.int64), record.expires_s)
+            if not all(self.slots.commit(rows[places], batch)):
+                raise InvariantError("a block was published twice")
+        self._reserved -= len(rows)
+        self._records[rows] = records
+        self._touched[rows] = False
+        for place in np.flatnonzero(records["expires_s"]).tolist():
+            self.slots.expire_at(rows[place : place + 1], float(records["expires_s"][place]))
 
     def victims(self, nbytes: int, count: int, priority: int, now_s: float, keep: set[int]) -> Rows:
         """Evict what has no better claim, to make room for `count` blocks of `nbytes`.
@@ -199,24 +167,18 @@ class BlockTable:
         self.slots.retain(array, priority, 0.0, now_s)
         if expires_s:
             self.slots.expire_at(array, expires_s)
-        return [self._put(row) for row in rows]
+        self._records["priority"][array] = self.slots.index.priority[array]
+        self._records["expires_s"][array] = self.slots.index.expires_s[array]
+        return self._sealed(array)
 
     def touched(self) -> list[Put]:
         """Records that were used since they were last written down."""
         rows = np.flatnonzero(self._touched & (self.slots.index.state == State.RESIDENT))
         self._touched[:] = False
-        sealed = self._records[rows]
-        puts = []
-        for offset, data in zip(self.slots.index.offset[rows].tolist(), sealed, strict=True):
-            fields = data.tobytes()[:_SEAL_OFFSET]
-            puts.append(Put(offset, fields + checksum(fields).to_bytes(8, "little")))
-        return puts
+        return self._sealed(rows)
 
-    def _put(self, row: int) -> Put:
-        offset = self.slots.index.offset.item(row)
-        packed = pack_record(self.record(row), offset)
-        self._records[row] = np.frombuffer(packed, RECORD_DTYPE)[0]
-        return Put(offset, packed)
+    def _sealed(self, rows: Rows) -> list[Put]:
+        return list(map(Put, self.slots.index.offset[rows].tolist(), seal(self._records[rows])))
 
     def _fit(self) -> None:
         """Give the records as many rows as the index has."""
@@ -232,12 +194,12 @@ class BlockTable:
         reserved = int((index.state == State.RESERVED).sum())
         if reserved != self._reserved or len(self.slots) + reserved > self.max_blocks:
             raise InvariantError(f"{reserved} rows reserved, {self._reserved} by count")
-        for key, row in index.rows_by_key.items():
-            record = self.record(row)
+        resident = index.rows_by_key
+        records = self.records(list(resident.values()))
+        for (key, row), record in zip(resident.items(), records, strict=True):
             if record.key != key or record.namespace != self.slots.namespace(row):
                 raise InvariantError(f"the record of row {row} is of another block")
             if record.stored_bytes != index.nbytes[row]:
                 raise InvariantError(f"row {row} holds {index.nbytes[row]} bytes, not as recorded")
         if any(not index.pins[row] for row in self._doomed):
             raise InvariantError("a condemned block is still there, and nobody reads it")
-

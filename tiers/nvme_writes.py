@@ -6,18 +6,17 @@ import errno
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from kvstore.admission import Admission, WriteBudget
 from kvstore.allocator import align_up
 from kvstore.codec import codec
-from kvstore.errors import FrameError
-from kvstore.frame import checksum, pack_record
+from kvstore.frame import checksum
 from kvstore.tier import Record, Refusal, WriteItem, WriteResult
 from kvstore.tiers.blockfile import Block
 from kvstore.tiers.nvme_records import FullError, RecordError
+from kvstore.tiers.nvme_rows import describe, fits_a_row
 from kvstore.tiers.nvme_slab import Slab
-from kvstore.tiers.nvme_table import Written
 
 _PASSING_ERRORS = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EINTR})  # others: the medium's
 
@@ -27,10 +26,11 @@ class _Draft:
     """A block on its way to the slab."""
 
     number: int  # of the item
-    record: Record  # without a checksum until the bytes are on their way
+    record: Record
     data: memoryview  # what will be stored
     row: int = -1
     offset: int = -1
+    checksum: int = -1  # known when the bytes are in the slab
 
 
 @dataclass(slots=True)
@@ -72,7 +72,7 @@ class Writes:
         placed = self._place(batch, self._encode(self._select(batch, now_s)), now_s)
         written = self._store(batch, placed)
         if written:
-            self._publish(batch, written, placed)
+            self._publish(batch, written)
         with self._slab.lock:
             counters = self._slab.counters
             for result in batch.results:
@@ -88,7 +88,7 @@ class Writes:
             batch.held = {row for row in held if row is not None}
             for number, (item, row) in enumerate(zip(batch.items, held, strict=True)):
                 record = item.record
-                if not 0 < record.raw_bytes <= item.buffer.nbytes:
+                if not (0 < record.raw_bytes <= item.buffer.nbytes and fits_a_row(record)):
                     refusal: Refusal | None = Refusal.INVALID
                 elif row is not None:
                     refusal = None
@@ -106,13 +106,12 @@ class Writes:
         return drafts
 
     def _encode(self, drafts: list[_Draft]) -> list[_Draft]:
+        if self._codec_name == "raw":
+            return drafts
         for draft in drafts:
             namespace = self._slab.namespaces.get(draft.record.namespace)
             dtype = namespace.kv_dtype if namespace else "bfloat16"
             draft.data = codec(self._codec_name, dtype).encode(draft.data)
-            draft.record = replace(
-                draft.record, codec=self._codec_name, stored_bytes=draft.data.nbytes
-            )
         return drafts
 
     def _place(self, batch: _Batch, drafts: list[_Draft], now_s: float) -> list[_Draft]:
@@ -150,51 +149,50 @@ class Writes:
                 return rows
             slab.release(victims)
 
-    def _store(self, batch: _Batch, drafts: list[_Draft]) -> list[Written]:
+    def _store(self, batch: _Batch, drafts: list[_Draft]) -> list[_Draft]:
         """Write the bytes; what the medium refuses is given back."""
-        written: list[Written] = []
+        written: list[_Draft] = []
         failed: dict[int, int] = {}  # place -> errno
-        invalid: list[_Draft] = []
 
         def arrived(place: int, error: int) -> None:
-            draft = drafts[place]
             if error:
                 failed[place] = error
                 return
-            record = replace(draft.record, checksum=checksum(draft.data))
-            try:
-                packed = pack_record(record, draft.offset)
-            except FrameError:  # say, a key that is too short
-                invalid.append(draft)
-                return
-            written.append(Written(draft.row, draft.offset, record, packed))
+            draft = drafts[place]
+            draft.checksum = checksum(draft.data)
+            written.append(draft)
 
         self._slab.file.write([Block(draft.offset, draft.data) for draft in drafts], arrived)
-        lost = [drafts[place] for place in failed]
-        batch.refuse(lost, Refusal.IO_ERROR)
-        batch.refuse(invalid, Refusal.INVALID)
-        with self._slab.lock:
-            self._slab.counters["write_errors"] += len(lost)
-            self._slab.table.abandon([draft.row for draft in lost + invalid])
-        for error in set(failed.values()) - _PASSING_ERRORS:
-            self._slab.fail(errno.errorcode[error].lower(), os.strerror(error))
+        if failed:
+            lost = [drafts[place] for place in failed]
+            batch.refuse(lost, Refusal.IO_ERROR)
+            with self._slab.lock:
+                self._slab.counters["write_errors"] += len(lost)
+                self._slab.table.abandon([draft.row for draft in lost])
+            for error in set(failed.values()) - _PASSING_ERRORS:
+                self._slab.fail(errno.errorcode[error].lower(), os.strerror(error))
         return written
 
-    def _publish(self, batch: _Batch, written: list[Written], drafts: list[_Draft]) -> None:
+    def _publish(self, batch: _Batch, written: list[_Draft]) -> None:
         """Records, then table. What cannot be recorded was not written."""
         slab = self._slab
+        records = describe(
+            [draft.record for draft in written],
+            codec=self._codec_name,
+            offsets=[draft.offset for draft in written],
+            stored_bytes=[draft.data.nbytes for draft in written],
+            checksums=[draft.checksum for draft in written],
+        )
         with slab.lock:
             written_today = (self._budget.day, self._budget.written_bytes)
-        rows = {entry.row for entry in written}
-        mine = [draft for draft in drafts if draft.row in rows]
         try:
-            slab.publish(written, written_today)
+            slab.publish([draft.row for draft in written], records, written_today)
         except FullError:
-            batch.refuse(mine, Refusal.FULL)
+            batch.refuse(written, Refusal.FULL)
         except RecordError as error:
-            batch.refuse(mine, Refusal.IO_ERROR)
+            batch.refuse(written, Refusal.IO_ERROR)
             slab.fail("records", error)
         else:
             with slab.lock:
                 slab.counters["written_blocks"] += len(written)
-                slab.counters["written_bytes"] += sum(e.record.stored_bytes for e in written)
+                slab.counters["written_bytes"] += int(records["stored_bytes"].sum())

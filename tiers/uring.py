@@ -192,7 +192,7 @@ def _entries(
     """The iovecs of all requests, and a submission entry for each that points to its own."""
     buffers = [buffer for request in requests for buffer in request.buffers]
     iovecs = np.zeros(len(buffers), _IOVEC)
-    iovecs["base"] = [address(buffer) for buffer in buffers]
+    iovecs["base"] = [where for request in requests for where in request.addresses]
     iovecs["length"] = [buffer.nbytes for buffer in buffers]
     counts = np.array([len(request.buffers) for request in requests], dtype=np.uint64)
     firsts = np.cumsum(counts) - counts
@@ -204,11 +204,6 @@ def _entries(
     sqes["iovec_count"] = counts
     sqes["user_data"] = np.arange(len(requests))
     return iovecs, sqes
-
-
-def address(buffer: memoryview) -> int:
-    """Where a contiguous buffer lies in memory; read-only buffers too."""
-    return int(np.frombuffer(buffer, np.uint8).__array_interface__["data"][0])
 
 
 def _call(number: int, *arguments: int) -> int:

@@ -31,38 +31,50 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._bias = bias
         self._packed = _pack(weight)
-        self._weight = weight if self._packed is None else None
+        self._weight = weight[:0] if self._packed is not None else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed is None:
             return functional.linear(x, self._weight, self._bias)
-        return _mkldnn(x, self._packed, self._bias, "none", [], "")
+        return _mkldnn_linear(x, self._packed, self._bias, "none")
 
     def silu(self, x: Tensor) -> Tensor:
         """silu(self(x))"""
         if self._packed is None:
             return functional.silu(functional.linear(x, self._weight, self._bias))
-        return _mkldnn(x, self._packed, self._bias, "swish", [], "")
+        return _mkldnn_linear(x, self._packed, self._bias, "swish")
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
         """self(x) * factor"""
         if self._packed is None:
             return functional.linear(x, self._weight, self._bias) * factor
-        return _mkldnn.binary(x, factor, self._packed, self._bias, "mul")
+        return _mkldnn_binary(x, factor, self._packed, self._bias, "mul")
 
     def plus(self, x: Tensor, term: Tensor) -> Tensor:
         """self(x) + term"""
         if self._packed is None:
             return functional.linear(x, self._weight, self._bias) + term
-        return _mkldnn.binary(x, term, self._packed, self._bias, "add")
+        return _mkldnn_binary(x, term, self._packed, self._bias, "add")
 
 
-_mkldnn: Any = torch.ops.mkldnn._linear_pointwise
+def _mkldnn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
+    out: Tensor = _pointwise(x, weight, bias, then, [], "")
+    return out
+
+
+def _mkldnn_binary(
+    x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, op: str
+) -> Tensor:
+    out: Tensor = _pointwise.binary(x, other, weight, bias, op)
+    return out
+
+
+_pointwise: Any = torch.ops.mkldnn._linear_pointwise
 
 
 def _pack(weight: Tensor) -> Tensor | None:
     """The weight in oneDNN's layout, or None where oneDNN cannot compute with it."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return None
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return None

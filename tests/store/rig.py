@@ -195,6 +195,11 @@ class Rig:
     def counter(self, name: str) -> int:
         return self.store.stats().counters.get(name, 0)
 
+    def column(self, name: str, blocks: Chain) -> list[Any]:
+        """A column of RAM's index for blocks that are resident."""
+        index = self.ram.slots.index
+        return [getattr(index, name).item(index.rows_by_key[key]) for key in blocks]
+
     def drop_from_ram(self, blocks: Chain) -> None:
         """As pressure would: nothing below is told."""
         with self.hub.lock:
@@ -222,7 +227,7 @@ class Rig:
         return not pinned and (self.below is None or self.below.idle)
 
     def finish(self) -> None:
-        """End as every test should: nothing pinned, nothing contradictory, everything given back."""
+        """End as every test should: nothing pinned or contradictory, everything given back."""
         try:
             if self.gate is not None:
                 self.gate.release()

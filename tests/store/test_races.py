@@ -59,9 +59,7 @@ def test_a_block_committed_with_a_retention_keeps_that_of_the_first(ram_rig: Rig
     for reservation in (first, second):
         fill(reservation.views, blocks.keys)
         reservation.commit()
-    assert (
-        ram_rig.ram.slots.index.priority[ram_rig.ram.slots.find(blocks.keys)].tolist() == [80] * 2
-    )
+    assert ram_rig.column("priority", blocks) == [80] * 2
 
 
 # ---- a writer and a promotion
@@ -82,8 +80,7 @@ def test_a_writer_that_commits_before_a_promotion_lands_wins(rig: Rig) -> None:
         rig.gate.release()
         assert lease.wait() == 3
         check_bytes(lease, blocks)
-        rows = rig.ram.slots.find(blocks.keys)
-        assert rig.ram.slots.index.pins[rows].min() >= 1
+        assert min(rig.column("pins", blocks)) >= 1
     assert rig.ram.slots.space.used_bytes == 3 * BLOCK
 
 
@@ -119,8 +116,7 @@ def test_promotions_of_one_block_are_made_once(rig: Rig) -> None:
         assert (one.wait(), two.wait()) == (4, 3)
         check_bytes(one, blocks)
         check_bytes(two, blocks)
-        pins = rig.ram.slots.index.pins
-        assert pins[rig.ram.slots.find(blocks.keys)].tolist() == [2, 2, 2, 1]
+        assert rig.column("pins", blocks) == [2, 2, 2, 1]
     assert set(rig.gate.read_keys.values()) == {1}
     assert rig.counter("coalesced_blocks") == 3
     assert rig.counter("promoted_blocks") == 4
@@ -146,9 +142,8 @@ def test_looking_at_a_lease_again_does_not_pin_again(rig: Rig) -> None:
             lease.ready()
             lease.views  # noqa: B018
             lease.wait(2)
-        pins = rig.ram.slots.index.pins
-        assert pins[rig.ram.slots.find(blocks.keys)].tolist() == [1] * 4
-    assert pins[rig.ram.slots.find(blocks.keys)].tolist() == [0] * 4
+        assert rig.column("pins", blocks) == [1] * 4
+    assert rig.column("pins", blocks) == [0] * 4
 
 
 def test_one_reader_gives_up_and_the_other_is_served(rig: Rig) -> None:
@@ -263,8 +258,7 @@ def test_evicting_a_leased_block_that_is_being_written(rig: Rig) -> None:
         assert rig.store.evict(blocks) == 0
         assert check_bytes(lease, blocks) == 2
     rig.store.check_invariants()
-    rows = rig.ram.slots.find(blocks.keys)
-    assert rig.ram.slots.index.pins[rows].tolist() == [1, 1]  # by the writer
+    assert rig.column("pins", blocks) == [1, 1]  # by the writer
     rig.gate.release()
     rig.until(rig.is_quiet)
     assert rig.nvme.peek(blocks.keys) == [False] * 2

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.tiers.blockfile import MERGE_BYTES, Block, BlockFile
-from kvstore.tiers.driver import Driver, Op, Request, open_driver
+from kvstore.tiers.driver import Driver, Op, Request, address, open_driver
 from kvstore.tiers.uring import DEPTH, UringDriver
 from tests.tiers.subjects import content, o_direct_refused
 
@@ -50,6 +50,10 @@ def file(request: pytest.FixtureRequest, driver: Driver, tmp_path: Path) -> Iter
     opened.resize(4 << 20)
     yield opened
     opened.close()
+
+
+def request(offset: int, buffer: memoryview) -> Request:
+    return Request(offset, [buffer], [address(buffer)])
 
 
 def move(call: object, blocks: list[Block]) -> dict[int, int]:
@@ -150,7 +154,7 @@ def test_an_error_in_done_waits_for_the_others(driver: Driver, tmp_path: Path) -
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     os.truncate(fd, DEPTH * 4 * PAGE)
     buffers = [memoryview(bytearray(PAGE)) for _ in range(4 * DEPTH)]
-    requests = [Request(i * PAGE, [buffer]) for i, buffer in enumerate(buffers)]
+    requests = [request(i * PAGE, buffer) for i, buffer in enumerate(buffers)]
 
     def raises(number: int, result: int) -> None:
         raise RuntimeError("of the caller's own")
@@ -166,8 +170,8 @@ def test_an_error_in_done_waits_for_the_others(driver: Driver, tmp_path: Path) -
 def test_one_bad_request_does_not_hold_up_the_others(driver: Driver, tmp_path: Path) -> None:
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     os.truncate(fd, 10 * PAGE)
-    requests = [Request(i * PAGE, [memoryview(bytearray(PAGE))]) for i in range(10)]
-    requests[4] = Request(-PAGE if driver.name == "threads" else 1 << 63, requests[4].buffers)
+    requests = [request(i * PAGE, memoryview(bytearray(PAGE))) for i in range(10)]
+    requests[4] = requests[4]._replace(offset=-PAGE if driver.name == "threads" else 1 << 63)
     told: dict[int, int] = {}
     driver.run(Op.READ, fd, requests, told.__setitem__)
     assert told.pop(4) == -errno.EINVAL
