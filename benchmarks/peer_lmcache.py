@@ -12,8 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-import numpy as np
-
 import kvstore
 from benchmarks import blocks
 from benchmarks.harness import Bench, Benchmark, Turn, Workload, rates, timed
@@ -45,7 +43,7 @@ def measure(bench: Bench, workload: Workload) -> Iterator[Row]:
 def _ram(bench: Bench, workload: Workload) -> Iterator[Row]:
     chain = blocks.chain(workload)
     data = blocks.random_bytes(workload)
-    out = np.zeros_like(data)
+    out = blocks.buffers(workload)
     with (
         _worker("LocalCPUBackend", bench, workload) as peer,
         kvstore.open(ram_bytes=workload.total_bytes + (16 << 20)) as store,
@@ -56,14 +54,14 @@ def _ram(bench: Bench, workload: Workload) -> Iterator[Row]:
             "ram get": timed(lambda: get(store, chain, blocks.views(out))),
             "lmcache ram get": peer.turn("get"),
         }
-        rate = rates(turns, bench.effort.rounds, workload.total_bytes)
+        rate = rates(turns, 3 * bench.effort.rounds, workload.total_bytes)
     for kind in ("ram put", "ram get"):
         yield _row(kind, workload, rate, "neither: the bytes never left RAM")
 
 
 def _disk(bench: Bench, workload: Workload) -> Iterator[Row]:
     data = blocks.random_bytes(workload)
-    out = np.zeros_like(data)
+    out = blocks.buffers(workload)
     prompts = [blocks.chain(workload, seed) for seed in (0, 1)]
     written = blocks.chain(workload, 2)
     source, target = blocks.views(data), blocks.views(out)

@@ -88,7 +88,7 @@ def measure(bench: Bench, workload: Workload) -> Iterator[Row]:
 def _rows(bench: Bench, workload: Workload, verify: str, checksums: str) -> Iterator[Row]:
     chain = blocks.chain(workload)
     data = blocks.random_bytes(workload)
-    out = np.zeros_like(data)
+    out = blocks.buffers(workload)
     source, target = blocks.views(data), blocks.views(out)
     room_bytes = workload.total_bytes + (16 << 20)
     with kvstore.open(ram_bytes=room_bytes, store_verify=verify) as store:
@@ -99,7 +99,7 @@ def _rows(bench: Bench, workload: Workload, verify: str, checksums: str) -> Iter
                 "memcpy out": copying_out(store, chain, target),
                 "get": timed(lambda: get(store, chain, target)),
             },
-            bench.effort.rounds,
+            3 * bench.effort.rounds,
             workload.total_bytes,
         )
     if not np.array_equal(out, data):

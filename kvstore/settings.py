@@ -90,13 +90,13 @@ class StoreSettings(_Group):
         description="Blocks being read from NVMe; beyond, leases get shorter, prefetches refused.",
     )
     transfer_bytes: Size = Field(
-        default=16 * MiB,
+        default=32 * MiB,
         ge=64 * KiB,
         le=GiB,
         description="One read or write of a tier: large ones are fast, small ones let others pass.",
     )
     transfers_in_flight: int = Field(
-        default=2,
+        default=3,
         ge=1,
         le=64,
         description="Reads of a tier at once, and writes; enough to keep a drive busy.",

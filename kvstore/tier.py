@@ -133,6 +133,10 @@ class HubTier(Tier, Protocol):
     @property
     def lock(self) -> threading.Lock: ...
 
+    def populate(self, stop: int) -> None:
+        """Bytes `[0, stop)` of `buffer` are about to be written. May be called from any thread."""
+        ...
+
 
 class LocalTier(Tier, Protocol):
     """A tier of this machine, whose metadata can be asked without I/O, from any thread."""

@@ -24,7 +24,7 @@ from kvstore.tiers.nvme_writes import Writes
 T = TypeVar("T")
 
 READERS = 4  # batches read at once; more wait
-WRITERS = 2  # batches written at once: one commits its records while the other moves bytes
+WRITERS = 3  # batches written at once: one commits its records while the others move bytes
 
 
 class NvmeTier:

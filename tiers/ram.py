@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -27,16 +24,15 @@ from kvstore.tier import (
     WriteItem,
     WriteResult,
 )
+from kvstore.tiers.arena import Arena
 
 
 class RamTier:
-    """A memfd mapped once: gone with the last process that has it, however that ends.
+    """Slots in an arena of shared memory: gone with the last process that has it.
 
     The store works on `slots` and `buffer` under `lock`; the verbs serve
-    whoever has the tier alone. Memory is taken page by page as slots are first
-    written, so opening costs nothing; huge pages are asked for, and come where
-    the machine allows them for shared memory
-    (/sys/kernel/mm/transparent_hugepage/shmem_enabled).
+    whoever has the tier alone. Memory is taken as slots are first written, so
+    opening costs nothing.
     """
 
     def __init__(self, capacity_bytes: int, policy: EvictionPolicy | None = None) -> None:
@@ -47,16 +43,9 @@ class RamTier:
         self.lock = threading.Lock()
         self._records: dict[Key, Record] = {}  # of blocks written through `write`
         self._closed = False
-        length = self.slots.space.capacity_bytes
-        fd = os.memfd_create("kvstore-ram", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, length)
-            self._map = mmap.mmap(fd, length)
-        finally:
-            os.close(fd)  # mmap keeps a descriptor of its own
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        self.buffer = memoryview(self._map)
+        self._arena = Arena(self.slots.space.capacity_bytes)
+        self.buffer = self._arena.buffer
+        self.populate = self._arena.populate
 
     @property
     def name(self) -> str:
@@ -97,10 +86,7 @@ class RamTier:
             if self._closed:
                 return
             self._closed = True
-            self.buffer.release()
-            with contextlib.suppress(BufferError):
-                self._map.close()
-            del self._map
+            self._arena.close()
 
     def check_invariants(self) -> None:
         """Raises InvariantError where the slots contradict themselves."""

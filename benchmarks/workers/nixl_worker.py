@@ -26,7 +26,8 @@ class PosixTurns:
         total_bytes = block_bytes * count
         self._memory = mmap.mmap(-1, total_bytes)
         held = numpy.frombuffer(self._memory, numpy.uint8)
-        held[:] = 1  # its pages are there before the first turn
+        random_bytes = numpy.random.default_rng(0).bytes(total_bytes)
+        held[:] = numpy.frombuffer(random_bytes, numpy.uint8)
         self._address = int(held.ctypes.data)
         self._held = held
         self._block_bytes, self._count = block_bytes, count
