@@ -52,7 +52,7 @@ def random_bytes(workload: Workload, seed: int = 0) -> NDArray[np.uint8]:
 
 def buffers(workload: Workload) -> NDArray[np.uint8]:
     """`[count, block_bytes]` of zeros, on a cache line as every tensor is: memcpy minds."""
-    memory = np.zeros(workload.total_bytes + _PAGE, dtype=np.uint8)
+    memory = np.empty(workload.total_bytes + _PAGE, dtype=np.uint8)
     start = (_CACHE_LINE - memory.ctypes.data) % _PAGE
     flat = memory[start : start + workload.total_bytes]
     flat[:] = 0  # the pages are there before the first turn

@@ -32,11 +32,14 @@ def put(store: BlockStore, chain: Chain, source: Blocks) -> None:
 
 
 def get(store: BlockStore, chain: Chain, target: Blocks) -> None:
-    """All blocks of the chain into `target`; raises where one is missing."""
+    """All blocks of the chain into `target`, each as it comes; raises where one is missing."""
+    done = 0
     with store.acquire(chain) as lease:
-        if lease.wait() != len(chain):
-            raise RuntimeError(f"only {lease.ready()} of {len(chain)} blocks served: {lease.miss}")
-        blocks.copy(target, lease.views)
+        while (ready := lease.wait(done + 1)) > done:
+            blocks.copy(target[done:ready], lease.views[done:])
+            done = ready
+        if done != len(chain):
+            raise RuntimeError(f"only {done} of {len(chain)} blocks served: {lease.miss}")
 
 
 def putting(store: BlockStore, chain: Chain, source: Blocks) -> Turn:

@@ -162,7 +162,7 @@ class Demotions:
         if batch.namespaces:
             await self._tier.remember(batch.namespaces)
             self._known.update(namespace.fingerprint for namespace in batch.namespaces)
-        views = self._hub.readables(batch.rows)
+        views = self._hub.readables(np.array(batch.rows, dtype=np.int64))
         items = [WriteItem(*item) for item in zip(batch.records, views, strict=True)]
         damaged = self._hub.damaged_among(batch.rows)
         sound = [item for row, item in zip(batch.rows, items, strict=True) if row not in damaged]

@@ -160,7 +160,7 @@ class Hub:
         start = self.slots.index.offset.item(row)
         return self._readable[start : start + self.slots.index.nbytes.item(row)]
 
-    def readables(self, rows: Sequence[int]) -> list[memoryview]:
+    def readables(self, rows: Rows) -> list[memoryview]:
         """Read-only views of many rows' blocks, in a batch."""
         buffer = self._readable
         starts = self.slots.index.offset[rows]

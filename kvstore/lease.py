@@ -9,12 +9,11 @@ from collections.abc import Generator
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
 from kvstore.answers import RAM
 from kvstore.errors import ClosedError
 from kvstore.hashing import Chain, Key
 from kvstore.hub import Hub
+from kvstore.policy import Rows
 from kvstore.tier import Miss
 
 PENDING = -1
@@ -50,12 +49,15 @@ class Lease:
         self,
         hub: Hub,
         chain: Chain,
-        rows: list[int],
+        rows: Rows,
         fills: list[tuple[int, Fill]],
         deadline_s: float,
         miss: Miss | None,
     ) -> None:
-        """`rows` are pinned, or PENDING where `fills` has `(position, fill)`; lock held."""
+        """`rows`, owned by the lease, are pinned, or PENDING where `fills` has `(position, fill)`.
+
+        Lock held.
+        """
         self._hub = hub
         self._chain = chain
         self._rows = rows
@@ -161,7 +163,7 @@ class Lease:
                 self.cut_locked(self._pending[0][0], Miss.TOO_SLOW)
                 hub.notify_locked()
             self._released = True
-            hub.slots.unpin(np.array(self._rows, dtype=np.int64), hub.clock.wall_s())
+            hub.slots.unpin(self._rows, hub.clock.wall_s())
             if self._sources.count(RAM) == len(self._sources):
                 hub.hits[RAM] += len(self._rows)
             else:
@@ -211,9 +213,9 @@ class Lease:
             elif fill.miss is None:
                 self._rows[i] = fill.row
         self._pending = deque(item for item in self._pending if item[0] < position)
-        held = [row for row in self._rows[position:] if row != PENDING]
-        self._hub.slots.unpin(np.array(held, dtype=np.int64), self._hub.clock.wall_s())
-        del self._rows[position:]
+        cut = self._rows[position:]
+        self._hub.slots.unpin(cut[cut != PENDING], self._hub.clock.wall_s())
+        self._rows = self._rows[:position]
         del self._sources[position:]
         self._views = self._views[:position]
         self._miss = miss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from kvstore.answers import NVME, RAM, Explanation, Probe
@@ -9,6 +11,7 @@ from kvstore.below import Below
 from kvstore.hashing import Chain, Key
 from kvstore.hub import Hub
 from kvstore.identity import Namespace
+from kvstore.policy import Rows
 from kvstore.tier import Miss
 
 
@@ -48,21 +51,26 @@ class Lookup:
             known.update(self._below.namespaces())
         return known
 
-    def identical_locked(self, chain: Chain) -> tuple[list[int | None], Miss | None]:
+    def identical_locked(self, chain: Chain) -> tuple[list[int | None], Rows, Miss | None]:
         """Rows of the chain's resident blocks; up to the first that is not what it is asked as.
+
+        Once block by block, and once without what is not there.
 
         Keys hash the namespace, so this bites only when a caller mixes up its
         chains; what it protects is worth the few microseconds.
         """
         slots = self._hub.slots
         found = slots.find(chain.keys)
-        held = [i for i, row in enumerate(found) if row is not None]
+        held: Sequence[int] = range(len(found))
+        if None in found:
+            held = [i for i, row in enumerate(found) if row is not None]
         rows = np.array([found[i] for i in held], dtype=np.int64)
         same = slots.index.namespace[rows] == slots.namespace_id(chain.namespace.fingerprint)
         same &= slots.index.nbytes[rows] == chain.namespace.layout.block_bytes
         if same.all():
-            return found, None
-        return found[: held[int(np.argmin(same))]], Miss.IDENTITY
+            return found, rows, None
+        first = int(np.argmin(same))
+        return found[: held[first]], rows[:first], Miss.IDENTITY
 
     def prefix_locked(self, chain: Chain, found: list[int | None]) -> int:
         """How many leading blocks are in RAM, on their way there, or would come from below."""

@@ -18,6 +18,7 @@ from kvstore.hub import Bounds, Hub
 from kvstore.lease import PENDING, Fill, Lease
 from kvstore.lookup import Lookup
 from kvstore.planner import LinearCost
+from kvstore.policy import Rows
 from kvstore.reservation import Reservation
 from kvstore.retention import DEFAULT_PRIORITY, Retained, Retention
 from kvstore.tier import HubTier, LocalTier, Miss
@@ -113,8 +114,7 @@ class BlockStore:
         expires_s += hub.bounds.deadline_s if deadline_s is None else deadline_s
         with hub.lock:
             hub.check_open()
-            found, miss = self._lookup.identical_locked(chain)
-            rows = [row for row in found if row is not None]
+            found, rows, miss = self._lookup.identical_locked(chain)
             if len(rows) == len(chain):
                 self._pin_locked(rows)
                 lease = Lease(hub, chain, rows, [], expires_s, None)
@@ -330,14 +330,13 @@ class BlockStore:
             pending = [(i, fill) for i, fill in pending if i < end]
         if below is not None:
             hub.counters["coalesced_blocks"] += len(pending) - len(fresh)
-        self._pin_locked([row for row in found[:end] if row is not None])
-        rows = [PENDING if row is None else row for row in found[:end]]
+        rows = np.array([PENDING if row is None else row for row in found[:end]], dtype=np.int64)
+        self._pin_locked(rows[rows != PENDING])
         return Lease(hub, chain, rows, pending, expires_s, miss)
 
-    def _pin_locked(self, rows: list[int]) -> None:
-        array = np.array(rows, dtype=np.int64)
-        self._hub.slots.pin(array)
-        self._hub.slots.touch(array)
+    def _pin_locked(self, rows: Rows) -> None:
+        self._hub.slots.pin(rows)
+        self._hub.slots.touch(rows)
 
     def _verify(self, lease: Lease, found: list[int | None]) -> None:
         """Cut the lease at the first RAM block whose bytes are not those committed."""
