@@ -64,7 +64,7 @@ class Lookup:
         held: Sequence[int] = range(len(found))
         if None in found:
             held = [i for i, row in enumerate(found) if row is not None]
-        rows = np.array([found[i] for i in held], dtype=np.int64)
+        rows = np.array([row for row in found if row is not None], dtype=np.int64)
         same = slots.index.namespace[rows] == slots.namespace_id(chain.namespace.fingerprint)
         same &= slots.index.nbytes[rows] == chain.namespace.layout.block_bytes
         if same.all():
