@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,11 @@ class ModelConfig:
             raise ModelError(
                 f"model config: {self.heads} heads are not a multiple of {self.kv_heads} KV heads"
             )
+        if not (0 < self.norm_eps < math.inf and 0 < self.rope.theta < math.inf):
+            raise ModelError(
+                f"model config: norm eps {self.norm_eps} and RoPE theta {self.rope.theta} "
+                "must be above 0 and finite"
+            )
         if self.head_dim % 2:
             raise ModelError(f"model config: head size {self.head_dim} is odd, RoPE needs pairs")
 
@@ -102,7 +108,7 @@ def config_from_hf(fields: Mapping[str, Any], name: str) -> ModelConfig:
             mlp_bias=bool(fields.get("mlp_bias", False)),
             qk_norm=architecture == "qwen3",
         )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"config.json cannot be used: {error!r}") from error
 
 

@@ -16,18 +16,24 @@ from torch import Tensor
 from kvstore.engine.config import ModelConfig, config_from_hf
 from kvstore.engine.fingerprint import fingerprint_ranges
 from kvstore.engine.tokenizer import Tokenizer
+from kvstore.engine.weights import weight_shapes
 from kvstore.errors import ModelError
 
 # The format's own bound on a header, so that a wrong file is not read as one.
 MAX_HEADER_BYTES = 100_000_000
 
 
+# What old converters wrote and no one reads: the frequencies follow from the config.
+_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+
+
 class _Place(NamedTuple):
-    """Where a tensor's bytes are."""
+    """Where a tensor's bytes are, and its shape, rows first."""
 
     file: Path
     offset: int
     nbytes: int
+    shape: tuple[int, ...]
 
 
 class HFFolder:
@@ -42,6 +48,7 @@ class HFFolder:
         self._places: dict[str, _Place] = {}
         for file in self._weight_files():
             self._read_header(file)
+        self._match()
 
     @property
     def weights_bytes(self) -> int:
@@ -62,8 +69,8 @@ class HFFolder:
         return tensor
 
     def weights_fingerprint(self) -> str:
-        """sha256 over every header and sampled bytes of every tensor."""
-        digest = hashlib.sha256()
+        """sha256 over what the config makes of the weights, every header, and sampled bytes."""
+        digest = hashlib.sha256(self._arithmetic().encode())
         for file, header in self._headers.items():
             digest.update(header)
             ranges = [(p.offset, p.nbytes) for p in self._places.values() if p.file == file]
@@ -71,8 +78,12 @@ class HFFolder:
         return digest.hexdigest()
 
     def tokenizer(self) -> Tokenizer:
+        try:
+            text = self._tokenizer_json.decode()
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{self.path / 'tokenizer.json'} is not a text in UTF-8") from error
         return Tokenizer.from_json(
-            self._tokenizer_json.decode(),
+            text,
             chat_template=self._chat_template(),
             special=self._special_tokens(),
             eos_token_ids=self._eos_token_ids(),
@@ -96,12 +107,17 @@ class HFFolder:
 
     def _chat_template(self) -> str | None:
         file = self.path / "chat_template.jinja"
-        if file.exists():
-            return file.read_text()
+        try:
+            if file.exists():
+                return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{file} cannot be read: {error}") from error
         template = self._tokenizer_config.get("chat_template")
         if isinstance(template, list):  # several, by name
-            named = {t["name"]: t["template"] for t in template}
-            return named.get("default")
+            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[-1].get("template") if named else None
+        if template is not None and not isinstance(template, str):
+            raise ModelError(f"{self.path / 'tokenizer_config.json'}: chat_template is not a text")
         return template
 
     def _special_tokens(self) -> dict[str, str]:
@@ -119,14 +135,20 @@ class HFFolder:
             file = self.path / name
             eos = _read_json(file).get("eos_token_id") if file.exists() else None
             if eos is not None:
-                return tuple(eos) if isinstance(eos, list) else (int(eos),)
+                ids = eos if isinstance(eos, list) else [eos]
+                if not all(isinstance(token, int) for token in ids):
+                    raise ModelError(f"{file}: eos_token_id is {eos!r}, not a token id")
+                return tuple(ids)
         return ()
 
     def _weight_files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
         if index.exists():
-            weight_map = _read_json(index).get("weight_map", {})
-            return [self.path / name for name in sorted(set(weight_map.values()))]
+            weight_map = _read_json(index).get("weight_map")
+            names = weight_map.values() if isinstance(weight_map, dict) else ()
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ModelError(f"{index} has no weight_map from weights to files")
+            return [self.path / name for name in sorted(set(names))]
         single = self.path / "model.safetensors"
         if single.exists():
             return [single]
@@ -148,11 +170,31 @@ class HFFolder:
                 start, end = entry["data_offsets"]
                 if 8 + length + end > size:
                     raise ModelError(f"{file} is cut short: {name} ends past its end")
-                self._places[name] = _Place(file, 8 + length + start, end - start)
+                shape = tuple(entry["shape"])
+                self._places[name] = _Place(file, 8 + length + start, end - start, shape)
         except OSError as error:
             raise ModelError(f"{file} cannot be read: {error.strerror}") from error
         except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{file} is not a safetensors file") from error
+
+    def _match(self) -> None:
+        """Refuse weights that are not those of the config: all of them, and no others."""
+        shapes = weight_shapes(self.config)
+        for name, shape in shapes.items():
+            if self._place(name).shape != shape:
+                theirs = self._place(name).shape
+                raise ModelError(f"{self.path} has {name} of shape {theirs}, not {shape}")
+        # Of tied embeddings some files hold both; theirs are the same.
+        known = shapes.keys() | {"lm_head.weight"}
+        # A tensor without a use means a model that computes something we do not.
+        for name in sorted(self._places.keys() - known):
+            if not name.endswith(_IGNORED_SUFFIX):
+                raise ModelError(f"{self.path} has a weight {name}, which is not supported")
+
+    def _arithmetic(self) -> str:
+        """What KV depends on and the weights do not tell, as one text for the fingerprint."""
+        config = self.config
+        return f"norm_eps={config.norm_eps!r} heads={config.heads} qk_norm={config.qk_norm}\0"
 
     def _place(self, name: str) -> _Place:
         try:
