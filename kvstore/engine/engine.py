@@ -44,10 +44,19 @@ class Engine:
         prefill_chunk_tokens: int = 512,
         salt: str = "",
     ) -> None:
-        """`hbm_bytes` of KV are allocated here, once. For the rest see `from_pretrained`."""
+        """`hbm_bytes` of KV are allocated here, once. For the rest see `from_pretrained`.
+
+        Raises SettingsError for values that cannot be.
+        """
+        for name, value in (
+            ("max_batch", max_batch),
+            ("prefill_chunk_tokens", prefill_chunk_tokens),
+        ):
+            if value < 1:
+                raise SettingsError(f"{name} is {value}, it must be at least 1")
         self.model = model
         self.namespace = namespace_of(model, block_tokens=block_tokens, salt=salt)
-        hbm = HbmTier(self.namespace.layout, parse_size(hbm_bytes), model.decoder.device)
+        hbm = HbmTier(self.namespace.layout, _capacity(hbm_bytes), model.decoder.device)
         self._loop = Loop(
             model.decoder,
             hbm,
@@ -272,6 +281,13 @@ def namespace_of(model: LoadedModel, *, block_tokens: int, salt: str = "") -> Na
         rope=config.rope.canonical(),
         salt=salt_digest(salt),
     )
+
+
+def _capacity(hbm_bytes: int | str) -> int:
+    try:
+        return parse_size(hbm_bytes)
+    except ValueError as error:
+        raise SettingsError(f"hbm_bytes = {hbm_bytes!r}: {error}") from None
 
 
 def _torch_dtype(name: str) -> torch.dtype:

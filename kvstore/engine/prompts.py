@@ -15,15 +15,15 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 def prompt_tokens(model: LoadedModel, prompt: Prompt) -> list[int]:
     """Token ids, all within the vocabulary. Raises RequestError for what is no prompt."""
     if isinstance(prompt, str):
-        tokens = model.tokenizer.encode(prompt)
-    elif not isinstance(prompt, Sequence):
+        tokens = model.tokenizer.encode(_unicode(prompt))
+    elif not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray, memoryview)):
         raise RequestError("a prompt is text, a list of token ids, or a list of chat messages")
     else:
         messages = [part for part in prompt if isinstance(part, Mapping)]
         numbers = [part for part in prompt if isinstance(part, int)]
         if messages and len(messages) == len(prompt):
             text = model.tokenizer.render_chat(messages)
-            tokens = model.tokenizer.encode(text, add_special_tokens=False)
+            tokens = model.tokenizer.encode(_unicode(text), add_special_tokens=False)
         elif len(numbers) == len(prompt):
             tokens = numbers
         else:
@@ -34,6 +34,15 @@ def prompt_tokens(model: LoadedModel, prompt: Prompt) -> list[int]:
     if min(tokens) < 0 or max(tokens) >= vocabulary:
         raise RequestError(f"the prompt has token ids outside of 0 to {vocabulary - 1}")
     return tokens
+
+
+def _unicode(text: str) -> str:
+    """The text, unless it holds half characters, as a command line that is not UTF-8 does."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError("the prompt is not a text in UTF-8") from None
+    return text
 
 
 def sequence_limit(

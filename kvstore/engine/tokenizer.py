@@ -74,20 +74,21 @@ class Tokenizer:
     def render_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
     ) -> str:
-        """The prompt text of a conversation. Raises RequestError when the template refuses it.
+        """The prompt text of a conversation. Raises RequestError when the template fails on it.
 
         Encode the result with `add_special_tokens=False`: the template writes its own.
         """
         if self.chat_template is None:
             raise RequestError("this model has no chat template; give it a plain prompt")
+        template = self._template
         try:
-            text: str = self._template.render(
+            text: str = template.render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
                 **self.special,
             )
             return text
-        except TemplateError as error:
+        except Exception as error:  # a stranger's program: it may raise anything
             raise RequestError(f"the chat template refused the messages: {error}") from error
 
     @cached_property

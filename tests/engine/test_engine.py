@@ -274,6 +274,21 @@ def test_a_closed_engine_says_so(make: Any, tiny: LoadedModel) -> None:
         engine.step()
 
 
-def test_an_hbm_without_room_for_a_block_is_refused(tiny: LoadedModel) -> None:
-    with pytest.raises(SettingsError, match="less than one block"):
-        Engine(tiny, hbm_bytes=100)
+@pytest.mark.parametrize("prompt", [b"Hello", bytearray(b"Hello"), memoryview(b"Hello")])
+def test_bytes_are_not_taken_for_token_ids(make: Any, prompt: Any) -> None:
+    with pytest.raises(RequestError, match="a prompt is text"):
+        make().add_request(prompt)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"hbm_bytes": 100}, "less than one block"),
+        ({"hbm_bytes": "12 potatoes"}, "hbm_bytes = '12 potatoes': not a size"),
+        ({"max_batch": 0}, "max_batch is 0"),
+        ({"prefill_chunk_tokens": 0}, "prefill_chunk_tokens is 0"),
+    ],
+)
+def test_engines_that_cannot_be(tiny: LoadedModel, options: Any, expected: str) -> None:
+    with pytest.raises(SettingsError, match=expected):
+        Engine(tiny, **options)
