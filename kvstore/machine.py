@@ -8,6 +8,16 @@ from pathlib import Path
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
+def home_folder(variable: str, default: str) -> Path | None:
+    """The folder that an XDG variable names, or else `default`, such as "~/.cache".
+
+    None where that needs a home directory and there is none: a user without an
+    entry in the password file, as containers have them.
+    """
+    folder = os.path.expanduser(os.environ.get(variable) or default)
+    return None if folder.startswith("~") else Path(folder)
+
+
 def memory_bytes() -> int:
     """Memory that this process may use: the machine's, or less where a container says so."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -33,36 +33,37 @@ _NUMBER_AND_UNIT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 def parse_size(value: object) -> int:
     """Bytes, rounded down. Raises ValueError that says what is accepted."""
-    amount = _parse(value, SIZE_UNITS)
-    if amount is None:
+    try:
+        return int(_parse(value, SIZE_UNITS))
+    except (ValueError, OverflowError):
         raise ValueError(
             'not a size: write a number and a unit, such as "500MB" or "1 GiB", or plain bytes'
-        )
-    return int(amount)
+        ) from None
 
 
 def parse_time(value: object) -> float:
     """Seconds. Raises ValueError that says what is accepted."""
-    amount = _parse(value, TIME_UNITS)
-    if amount is None:
+    try:
+        return float(_parse(value, TIME_UNITS))
+    except (ValueError, OverflowError):
         raise ValueError(
             'not a time: write a number and a unit, such as "500ms", "2s" or "1h", or plain seconds'
-        )
-    return float(amount)
+        ) from None
 
 
-def _parse(value: object, units: Mapping[str, float]) -> float | None:
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, (int, float)):
-        return value if math.isfinite(value) and value >= 0 else None
+def _parse(value: object, units: Mapping[str, float]) -> float:
+    """Raises ValueError or OverflowError for what is no amount, or none that a number can hold."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(value)
+        return value
     matched = _NUMBER_AND_UNIT.fullmatch(value) if isinstance(value, str) else None
     if matched is None:
-        return None
+        raise ValueError(value)
     number, wanted = matched[1], matched[2].lower()
     factor = next((factor for unit, factor in units.items() if unit.lower() == wanted), None)
     if factor is None:
-        return None
+        raise ValueError(value)
     # Whole numbers stay integers: a float would lose the last bytes of a large size.
     return (float(number) if "." in number else int(number)) * factor
 

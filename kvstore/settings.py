@@ -7,12 +7,13 @@ Frozen values; `kvstore.sources` reads them from flags, environment and TOML.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Le
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from kvstore.quantities import format_size, format_time, parse_size, parse_time
 
@@ -20,7 +21,26 @@ KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_time)]
-Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+def _whole(value: object) -> object:
+    if isinstance(value, bool):  # which pydantic takes for 0 or 1
+        raise ValueError("not a number")
+    return value
+
+
+def _folder(value: object) -> object:
+    """A path with its home filled in. An empty one would be the working directory."""
+    if not isinstance(value, (str, Path)):
+        return value
+    expanded = os.path.expanduser(value)
+    if not expanded or "\0" in expanded or expanded.startswith("~"):
+        raise ValueError("not a path")
+    return expanded
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Folder = Annotated[Path, BeforeValidator(_folder)]
 
 
 class _Group(BaseModel):
@@ -77,7 +97,7 @@ class NvmeSettings(_Group):
 class StoreSettings(_Group):
     """The bounds of the store, field for field `kvstore.hub.Bounds`."""
 
-    demotion_queue_blocks: int = Field(
+    demotion_queue_blocks: Whole = Field(
         default=4096,
         ge=1,
         le=1 << 24,
@@ -95,7 +115,7 @@ class StoreSettings(_Group):
         le=GiB,
         description="One read or write of a tier: large ones are fast, small ones let others pass.",
     )
-    transfers_in_flight: int = Field(
+    transfers_in_flight: Whole = Field(
         default=3,
         ge=1,
         le=64,
@@ -145,22 +165,22 @@ class EngineSettings(_Group):
         le=64 * TiB,
         description="KV blocks that the engine keeps on its device; allocated once.",
     )
-    block_tokens: int = Field(
+    block_tokens: Whole = Field(
         default=16,
         ge=1,
         le=1024,
         description="Tokens in a block: fewer share more, more move faster. Part of the identity.",
     )
-    max_batch: int = Field(
+    max_batch: Whole = Field(
         default=8, ge=1, le=1024, description="Sequences computed in one step; others wait."
     )
-    prefill_chunk_tokens: int = Field(
+    prefill_chunk_tokens: Whole = Field(
         default=512,
         ge=1,
         le=65536,
         description="Prompt tokens computed in one step, so that decoding goes on between.",
     )
-    threads: int | None = Field(
+    threads: Whole | None = Field(
         default=None,
         ge=1,
         le=1024,

@@ -91,7 +91,7 @@ def from_toml(path: Path | None) -> Layer:
             tables = tomllib.load(file)
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of the parser, of UTF-8, of huge numbers
         raise SettingsError(f"{path}: not valid TOML: {error}") from None
     return _flatten(tables, origin=f"{path}: ")
 
@@ -119,10 +119,11 @@ def from_environment(environ: Mapping[str, str]) -> Layer:
 def find_config(config: Path | None, environ: Mapping[str, str]) -> Path | None:
     """The file to read: the one asked for, or the first that exists."""
     if config is not None or environ.get("KVSTORE_CONFIG"):
-        return config or Path(environ["KVSTORE_CONFIG"]).expanduser()
-    home = Path(environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    candidates = (Path("kvstore.toml"), home / "kvstore" / "config.toml")
-    return next((path for path in candidates if path.is_file()), None)
+        return config or Path(os.path.expanduser(environ["KVSTORE_CONFIG"]))
+    # `os.path` because it takes a home that is missing, or closed to us, for one without a file.
+    home = os.path.expanduser(environ.get("XDG_CONFIG_HOME") or "~/.config")
+    candidates = (Path("kvstore.toml"), Path(home, "kvstore", "config.toml"))
+    return next((path for path in candidates if os.path.isfile(path)), None)
 
 
 def _flatten(tables: Mapping[str, Any], origin: str) -> Layer:

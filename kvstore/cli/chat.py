@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -72,8 +72,8 @@ def chat(name: str, system: str | None, sampling: dict[str, Any], settings: Sett
 
 def _lasting(model: str) -> str:
     """The model's name, good from any working directory."""
-    path = Path(model).expanduser()
-    return str(path.resolve()) if path.exists() else model
+    path = os.path.expanduser(model)
+    return os.path.realpath(path) if os.path.exists(path) else model
 
 
 def _lines() -> Iterator[str]:

@@ -11,13 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.errors import InputError
+from kvstore.machine import home_folder
 
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def state_home() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "kvstore"
+    home = home_folder("XDG_STATE_HOME", "~/.local/state")
+    if home is None:
+        raise InputError("there is no home directory to keep conversations in: set XDG_STATE_HOME")
+    return home / "kvstore"
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Conversation:
             saved = None
         if not _is_conversation(saved):
             raise InputError(f"{path}: not a conversation; delete it, or choose another name")
-        return cls(path, saved["model"], saved["messages"])
+        return cls(path, saved.get("model"), saved["messages"])
 
     def save(self) -> None:
         """Replace the file in one step: a crash leaves the old one or the new one."""

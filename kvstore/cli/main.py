@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,9 @@ for command in (generate, chat, demo, ls, stat, verify, settings):
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end the process. Errors are one line on stderr, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr has it: what the terminal's encoding lacks is shown as an escape.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(args))
 
 

@@ -7,7 +7,6 @@ is not needed, and what it depends on compiles for minutes.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvstore.errors import ModelError
+from kvstore.machine import home_folder
 
 
 class ModelPackage(NamedTuple):
@@ -35,7 +35,10 @@ SMOLLM2 = ModelPackage(
 
 
 def cache_home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvstore"
+    home = home_folder("XDG_CACHE_HOME", "~/.cache")
+    if home is None:
+        raise ModelError("there is no home directory to keep the model in: set XDG_CACHE_HOME")
+    return home / "kvstore"
 
 
 def fetch_demo_model(cache_dir: Path | None = None) -> Path:

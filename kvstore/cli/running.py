@@ -30,11 +30,15 @@ def model_path(model: str | None) -> Path:
         raise ModelError(
             "which model? give --model a Hugging Face folder, a .gguf file, or the word smollm2"
         )
-    path = Path(model).expanduser()
-    if model == "smollm2" and not path.exists():
-        return fetch_demo_model()
-    if not path.exists():
-        raise ModelError(f"there is no model at {path}")
+    path = Path(os.path.expanduser(model))
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        if model == "smollm2":
+            return fetch_demo_model()
+        raise ModelError(f"there is no model at {path}") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
     return path
 
 

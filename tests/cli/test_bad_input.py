@@ -35,6 +35,10 @@ def refused(done: Done, *expected: str) -> None:
         (["--set", "nvme.codec"], "'nvme.codec' is not KEY=VALUE"),
         (["--config", "absent.toml"], "absent.toml: cannot be read: No such file or directory"),
         (["--config", "."], ".: cannot be read: Is a directory"),
+        (["--ram-bytes", "9" * 400 + ".0"], "must be a size from 1 MiB"),
+        (["--set", "store.deadline_s=" + "9" * 400], "must be a time from 1 ms"),
+        (["--nvme-path", ""], "--nvme-path = '': must be a path"),
+        (["--nvme-path", "~nobody-of-this-name/x"], "must be a path"),
         (["--colour"], "No such option '--colour' (see kvstore settings --help)"),
     ],
 )
@@ -48,6 +52,11 @@ def test_settings(home: Path, args: list[str], expected: str) -> None:
         ("[ram\ncapacity_bytes = 1", "kvstore.toml: not valid TOML: "),
         ("[ram]\nsize = 1", "kvstore.toml: ram.size: no such setting"),
         ('[ram]\ncapacity_bytes = "12 potatoes"', "kvstore.toml: ram.capacity_bytes = '12 pot"),
+        ("[ram]\ncapacity_bytes = " + "9" * 400, "kvstore.toml: ram.capacity_bytes = "),
+        ("[ram]\ncapacity_bytes = " + "9" * 5000, "kvstore.toml: not valid TOML: "),
+        ("x = " + "[" * 5000, "kvstore.toml: not valid TOML: "),
+        ('[nvme]\npath = "a\\u0000b"', "kvstore.toml: nvme.path = 'a\\x00b': must be a path"),
+        ("[engine]\nblock_tokens = true", "engine.block_tokens = True: must be a whole number"),
     ],
 )
 def test_a_toml_file_in_the_working_directory(home: Path, text: str, expected: str) -> None:
@@ -58,6 +67,11 @@ def test_a_toml_file_in_the_working_directory(home: Path, text: str, expected: s
 def test_the_environment(home: Path) -> None:
     done = kvstore(home, "settings", KVSTORE_RAM__CAPACITY_BYTES="much")
     refused(done, "KVSTORE_RAM__CAPACITY_BYTES = 'much': must be a size")
+
+
+def test_a_config_file_of_a_user_that_there_is_not(home: Path) -> None:
+    done = kvstore(home, "settings", KVSTORE_CONFIG="~nobody-of-this-name/kvstore.toml")
+    refused(done, "~nobody-of-this-name/kvstore.toml: cannot be read: No such file")
 
 
 def test_an_unknown_command(home: Path) -> None:
@@ -73,6 +87,8 @@ def test_what_cannot_be_a_model(here: Callable[..., Done], home: Path) -> None:
         ("notes.txt", "neither a model folder nor a .gguf file"),
         ("empty", "empty"),
         ("bad.gguf", "bad.gguf"),
+        ("~nobody-of-this-name/model", "there is no model at ~nobody-of-this-name/model"),
+        ("smollm2/inner", "there is no model at"),
     ):
         refused(here("generate", "--model", model, "hello"), expected)
     refused(here("generate", "hello"), "which model?", "--model")
@@ -86,6 +102,8 @@ def test_what_cannot_be_a_prompt(here: Callable[..., Done], home: Path, model: P
     refused(generate("x" * 20_000), "the prompt has 20000 tokens", "context of 16384")
     refused(generate("--hbm-bytes", "1 MiB", "x" * 5000), "the prompt has 5000 tokens", "hbm_bytes")
     refused(generate(""), "there is no prompt")
+    refused(generate(b"caf\xe9".decode(errors="surrogateescape")), "not a text in UTF-8")
+    refused(generate("--chat", b"\xe9".decode(errors="surrogateescape")), "not a text in UTF-8")
     refused(generate("--file", "absent.txt"), "absent.txt: cannot be read: No such file")
     refused(generate("--file", "latin.txt"), "latin.txt: not a text in UTF-8")
     refused(generate("--temperature", "-1", "hello"), "temperature must not be negative")
@@ -146,36 +164,62 @@ def test_directories_that_cannot_be_used(here: Callable[..., Done], tmp_path: Pa
 
 
 def test_no_permission_on_the_directory(home: Path, tmp_path: Path) -> None:
-    """Root may open anything, so the command gives up its rights first."""
     blocks = tmp_path / "blocks"
     with library.open(ram_bytes="1 MiB", nvme_path=blocks, nvme_bytes="8 MiB"):
         pass
     blocks.chmod(0)
+    try:
+        refused(as_somebody(home, tmp_path, "stat", blocks), f"no permission to use {blocks}")
+        asked = as_somebody(home, tmp_path, "generate", "--model", blocks / "model", "hello")
+        refused(asked, f"{blocks / 'model'} cannot be read: Permission denied")
+    finally:
+        blocks.chmod(0o700)
+
+
+def test_a_home_that_is_closed_or_missing_is_one_without_settings(
+    home: Path, tmp_path: Path
+) -> None:
+    home.chmod(0)
+    try:
+        assert as_somebody(home, tmp_path, "settings").status == 0
+    finally:
+        home.chmod(0o700)
+    assert as_somebody(None, tmp_path, "settings").status == 0
+    refused(as_somebody(None, tmp_path, "chat"), "no home directory", "XDG_STATE_HOME")
+    smollm2 = as_somebody(None, tmp_path, "generate", "--model", "smollm2", "hello")
+    refused(smollm2, "no home directory", "XDG_CACHE_HOME")
+
+
+def as_somebody(home: Path | None, tmp_path: Path, *args: str | Path) -> Done:
+    """Run a command as a user without a name; root may open anything, so it gives up its rights."""
     command = (
-        "import os, sys\n"
-        "from kvstore.cli import console, main\n"
+        "import os, signal, sys\n"
+        "from kvstore.cli import console, conversation, main, model_package, running\n"
+        "from kvstore.engine import sampling\n"
         "from kvstore.tiers import nvme_verify\n"
         "from kvstore import sources\n"
         "if os.getuid() == 0:\n"
-        "    os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
-        "sys.exit(main.run(['stat', sys.argv[1]]))\n"
+        "    os.setgroups([]), os.setgid(54321), os.setuid(54321)\n"
+        "sys.exit(main.run(sys.argv[1:]))\n"
     )
+    env = environment(home or tmp_path)
+    if home is None:
+        del env["HOME"]
     # The way to it must be open for the check to be about the directory itself.
-    modes = {folder: folder.stat().st_mode for folder in blocks.parents}
+    modes = {folder: folder.stat().st_mode for folder in (tmp_path, *tmp_path.parents)}
     closed = {folder: mode for folder, mode in modes.items() if not mode & 0o001}
     try:
         for folder, mode in closed.items():
             folder.chmod(mode | 0o001)
         done = subprocess.run(
-            [sys.executable, "-c", command, str(blocks)],
+            [sys.executable, "-c", command, *map(str, args)],
             capture_output=True,
             text=True,
             cwd="/",
-            env=environment(home),
+            env=env,
             check=False,
         )
     finally:
         for folder, mode in closed.items():
             folder.chmod(mode)
-        blocks.chmod(0o700)
-    refused(Done(done.returncode, done.stdout, done.stderr), f"no permission to use {blocks}")
+    return Done(done.returncode, done.stdout, done.stderr)

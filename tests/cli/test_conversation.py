@@ -55,6 +55,11 @@ def test_a_file_that_is_no_conversation_is_left_alone(tmp_path: Path, content: s
     assert (tmp_path / "talk.json").read_text() == content
 
 
+def test_a_conversation_without_a_model_is_one_that_names_none(tmp_path: Path) -> None:
+    (tmp_path / "talk.json").write_text('{"format": 1, "messages": []}')
+    assert Conversation.open("talk", tmp_path).model is None
+
+
 def test_a_place_where_nothing_can_be_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     conversation = Conversation.open("talk", tmp_path / "absent")

@@ -134,3 +134,13 @@ def test_an_error_of_the_machine_is_one_line(here: Callable[..., Done], tmp_path
     assert (done.status, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
+
+
+def test_what_the_terminal_cannot_show_is_escaped(home: Path) -> None:
+    """A name that is not UTF-8, or an encoding with few characters, ends no command."""
+    folder = home / "bl\u00f6cke"
+    with library.open(ram_bytes="1 MiB", nvme_path=folder, nvme_bytes="8 MiB"):
+        pass
+    done = kvstore(home, "stat", "bl\u00f6cke", PYTHONIOENCODING="ascii")
+    assert (done.status, done.stderr) == (0, "")
+    assert done.stdout.startswith("bl\\xf6cke\n")

@@ -39,7 +39,23 @@ def test_sizes(written: object, nbytes: int) -> None:
 
 @pytest.mark.parametrize(
     "written",
-    ["12 potatoes", "", "GiB", "-1 GiB", "1e9", "1 G", "nan", True, None, -5, float("inf"), [1]],
+    [
+        *(
+            "12 potatoes",
+            "",
+            "GiB",
+            "-1 GiB",
+            "1e9",
+            "1 G",
+            "nan",
+            True,
+            None,
+            -5,
+            float("inf"),
+            [1],
+        ),
+        *("9" * 400 + ".0", "9" * 5000, 10**400),  # no float, no int is that large
+    ],
 )
 def test_what_is_not_a_size(written: object) -> None:
     with pytest.raises(ValueError, match="not a size"):
@@ -54,7 +70,9 @@ def test_times(written: object, seconds: float) -> None:
     assert parse_time(written) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("written", ["5 bananas", "", "-1s", "1 month", True, None])
+@pytest.mark.parametrize(
+    "written", ["5 bananas", "", "-1s", "1 month", True, None, "9" * 400, 10**400]
+)
 def test_what_is_not_a_time(written: object) -> None:
     with pytest.raises(ValueError, match="not a time"):
         parse_time(written)
