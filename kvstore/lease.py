@@ -212,10 +212,11 @@ class Lease:
                 fill.waiters -= 1
             elif fill.miss is None:
                 self._rows[i] = fill.row
-        self._pending = deque(item for item in self._pending if item[0] < position)
         cut = self._rows[position:]
-        self._hub.slots.unpin(cut[cut != PENDING], self._hub.clock.wall_s())
+        self._miss = miss
         self._rows = self._rows[:position]
         del self._sources[position:]
         self._views = self._views[:position]
-        self._miss = miss
+        # After the rows: once nothing is pending, all of them are read without the lock.
+        self._pending = deque(item for item in self._pending if item[0] < position)
+        self._hub.slots.unpin(cut[cut != PENDING], self._hub.clock.wall_s())

@@ -195,6 +195,29 @@ def test_views_asked_for_by_many_threads_are_the_right_ones(rig: Rig) -> None:
     assert wrong == []
 
 
+def test_whoever_looks_while_a_lease_is_cut_sees_no_more_than_is_ready(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time is asked for in the midst of the cut; another thread might look just then."""
+    blocks = chain(4)
+    rig.store_below(blocks)
+    rig.gate.hold("read")
+    lease = rig.store.acquire(blocks, deadline_s=1.0)
+    seen: list[int] = []
+
+    def look() -> float:
+        if not lease._pending:  # or it waits for the lock, which is held
+            seen.append(len(lease.views))
+        return rig.clock.now_s
+
+    rig.clock.now_s += 2.0
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.clock, "wall_s", look)
+        assert lease.ready() == 0
+    assert seen == [0]
+    lease.release()
+
+
 # ---- evicting what is moving
 
 
