@@ -96,6 +96,10 @@ class WriteBudget:
         self.written_bytes += nbytes
         return True
 
+    def give_back(self, nbytes: int) -> None:
+        """What was counted was not written after all."""
+        self.written_bytes = max(0, self.written_bytes - nbytes)
+
     def turn(self, now_s: float) -> None:
         """Begin a new day if it is one. A clock that was set back does not give bytes back."""
         day = int(now_s // DAY_S)

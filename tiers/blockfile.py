@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 MERGE_BYTES = 1 << 20  # neighbours are moved in one request up to this length
 MERGE_BUFFERS = 256
 BOUNCE_BYTES = 32 << 20  # memory lent to one batch of buffers that are not aligned
+PASSING_ERRORS = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EINTR})  # others: the medium's
 
 
 class Block(NamedTuple):
@@ -55,7 +56,6 @@ class BlockFile:
         except OSError:
             os.close(self._fd)
             raise
-        self.io_errors = 0  # of the medium, in reads and writes
 
     @property
     def size_bytes(self) -> int:
@@ -125,7 +125,12 @@ class BlockFile:
     def _bounce(self, op: Op, blocks: Sequence[Block], numbers: list[int], done: Done) -> None:
         """Move blocks through aligned memory of our own."""
         sizes = [align_up(blocks[number].buffer.nbytes) for number in numbers]
-        memory = memoryview(mmap.mmap(-1, sum(sizes)))
+        try:
+            memory = memoryview(mmap.mmap(-1, sum(sizes)))
+        except OSError as error:
+            for number in numbers:
+                done(number, error.errno or errno.ENOMEM)
+            return
         lent: list[Block] = []
         start = 0
         for number, size in zip(numbers, sizes, strict=True):
@@ -181,7 +186,6 @@ class BlockFile:
             try:
                 step = call(self._fd, [block.buffer[moved:]], block.offset + moved)
             except OSError as error:
-                self.io_errors += 1
                 return error.errno or errno.EIO
             if not step:
                 return errno.ENODATA

@@ -93,7 +93,7 @@ class NvmeTier:
         return await self._run(self._writers, lambda: self._writes.write(items, self._now_s()))
 
     async def delete(self, keys: Sequence[Key]) -> int:
-        return await self._run(self._writers, lambda: self._delete(keys))
+        return await self._run(self._writers, lambda: self._slab.delete(keys))
 
     async def close(self) -> None:
         """Wait for what is under way, write down the order of use, let go of the directory."""
@@ -167,12 +167,6 @@ class NvmeTier:
         self._slab.check_invariants()
 
     # ---- in worker threads
-
-    def _delete(self, keys: Sequence[Key]) -> int:
-        with self._slab.lock:
-            rows = {row for row in self._slab.table.find(keys) if row is not None}
-        self._slab.drop(rows)
-        return len(rows)
 
     def _remember(self, namespaces: Sequence[Namespace]) -> None:
         slab = self._slab

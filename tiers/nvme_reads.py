@@ -13,7 +13,7 @@ from kvstore.codec import codec
 from kvstore.errors import CodecError
 from kvstore.frame import checksum
 from kvstore.tier import Miss, ReadRequest, ReadResult, Record
-from kvstore.tiers.blockfile import Block
+from kvstore.tiers.blockfile import PASSING_ERRORS, Block
 from kvstore.tiers.nvme_slab import Slab
 
 
@@ -45,15 +45,17 @@ def read_blocks(slab: Slab, requests: Sequence[ReadRequest], now_s: float) -> li
             served.append(read)
             return
         unread += error != 0
+        if error in PASSING_ERRORS:  # nothing is known against the block
+            results[read.number] = ReadResult(None, Miss.BREAKER)
+            return
         results[read.number] = ReadResult(None, Miss.CHECKSUM)
         broken.append(read.row)
 
     try:
+        reads = _with_scratch(reads)
         slab.file.read([read.block for read in reads], arrived)
     finally:
-        _end(slab, reads, served, now_s)
-    if broken:
-        slab.drop(broken)
+        _end(slab, reads, served, broken, now_s)
     with slab.lock:
         counters = slab.counters
         counters["read_blocks"] += len(served)
@@ -88,7 +90,7 @@ def _begin(
             buffer = request.buffer.cast("B")[: record.raw_bytes]
             reads.append(_Read(number, row, record, Block(offset, buffer)))
         table.slots.pin(np.array([read.row for read in reads], dtype=np.int64))
-    return _with_scratch(reads)
+    return reads
 
 
 def _with_scratch(reads: list[_Read]) -> list[_Read]:
@@ -125,10 +127,13 @@ def _is_sound(read: _Read, out: memoryview) -> bool:
     return True
 
 
-def _end(slab: Slab, reads: Sequence[_Read], served: Sequence[_Read], now_s: float) -> None:
-    """Give the pins back. What was condemned meanwhile goes now."""
+def _end(
+    slab: Slab, reads: Sequence[_Read], served: Sequence[_Read], broken: Sequence[int], now_s: float
+) -> None:
+    """Give the pins back. What is broken, or was condemned meanwhile, goes now."""
     rows = np.array([read.row for read in reads], dtype=np.int64)
     with slab.lock:
         slab.table.touch([read.row for read in served], now_s)
+        slab.table.condemn(broken)  # pinned until the next line: the rows are still those blocks'
         condemned = slab.table.unpin(rows, now_s)
     slab.release(condemned)

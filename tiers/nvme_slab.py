@@ -6,7 +6,7 @@ import errno
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -114,8 +114,18 @@ class Slab:
         visible, and the rows are free again. `written_today` is the day and its
         bytes, to be kept with the records.
         """
-        if self.durability == "sync":
-            self.file.sync()
+        try:
+            if self.durability == "sync":
+                self.file.sync()
+            self._commit(rows, records, written_today)
+        except RecordError:
+            with self.lock:
+                self.table.abandon(rows)
+            raise
+
+    def _commit(
+        self, rows: Sequence[int], records: RecordRows, written_today: tuple[int, int]
+    ) -> None:
         puts = list(map(Put, records["offset"].tolist(), seal(records)))
         keys = names(records["key"])
         with self.commits:
@@ -127,12 +137,7 @@ class Slab:
                     first.setdefault(key, place)
             fresh = list(first.values())
             late = sorted(set(range(len(keys))).difference(fresh))
-            try:
-                self.records.put([puts[place] for place in fresh], written_today)
-            except RecordError:
-                with self.lock:
-                    self.table.abandon(rows)
-                raise
+            self.records.put([puts[place] for place in fresh], written_today)
             with self.lock:
                 self.table.abandon([rows[place] for place in late])
                 self.table.publish(
@@ -158,11 +163,13 @@ class Slab:
             with self.lock:
                 self.table.slots.free(rows)
 
-    def drop(self, rows: Iterable[int]) -> None:
-        """Remove resident blocks; those being read go when the last reader is done."""
+    def delete(self, keys: Sequence[Key]) -> int:
+        """Remove blocks; returns how many. Those being read go when the last reader is done."""
         with self.lock:
+            rows = {row for row in self.table.find(keys) if row is not None}
             evicting = self.table.condemn(rows)
         self.release(evicting)
+        return len(rows)
 
     def fail(self, reason: str, error: Exception | str) -> None:
         """Stop writing: the medium refuses. What is there is still served."""

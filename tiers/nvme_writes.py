@@ -13,12 +13,10 @@ from kvstore.allocator import align_up
 from kvstore.codec import codec
 from kvstore.frame import checksum
 from kvstore.tier import Record, Refusal, WriteItem, WriteResult
-from kvstore.tiers.blockfile import Block
+from kvstore.tiers.blockfile import PASSING_ERRORS, Block
 from kvstore.tiers.nvme_records import FullError, RecordError
 from kvstore.tiers.nvme_rows import describe, fits_a_row
 from kvstore.tiers.nvme_slab import Slab
-
-_PASSING_ERRORS = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EINTR})  # others: the medium's
 
 
 @dataclass(slots=True)
@@ -122,8 +120,10 @@ class Writes:
         placed: list[_Draft] = []
         for (size, priority), group in alike.items():
             rows = self._take(size, len(group), priority, batch.held, now_s)
-            batch.refuse(group[len(rows) :], Refusal.FULL)
+            refused = group[len(rows) :]
+            batch.refuse(refused, Refusal.FULL)
             with self._slab.lock:
+                self._budget.give_back(sum(draft.record.raw_bytes for draft in refused))
                 index = self._slab.table.slots.index
                 for draft, row in zip(group, rows, strict=False):
                     draft.row, draft.offset = row, index.offset.item(row)
@@ -169,7 +169,7 @@ class Writes:
             with self._slab.lock:
                 self._slab.counters["write_errors"] += len(lost)
                 self._slab.table.abandon([draft.row for draft in lost])
-            for error in set(failed.values()) - _PASSING_ERRORS:
+            for error in set(failed.values()) - PASSING_ERRORS:
                 self._slab.fail(errno.errorcode[error].lower(), os.strerror(error))
         return written
 

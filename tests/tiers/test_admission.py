@@ -80,6 +80,22 @@ def test_the_tier_refuses_what_the_rule_refuses(rule: str, tmp_path: Path) -> No
     run(body())
 
 
+def test_what_there_is_no_room_for_does_not_cost_the_budget(tmp_path: Path) -> None:
+    async def body() -> None:
+        nbytes = 1 << 20
+        tier = NvmeTier(tmp_path, 4 << 20, daily_write_bytes=8 * nbytes)
+        kept = [item(n, nbytes, priority=90) for n in range(3)]
+        assert [r.refusal for r in await tier.write(kept)] == [None] * 3
+        for n in range(10, 20):
+            assert [r.refusal for r in await tier.write([item(n, nbytes)])] == [Refusal.FULL]
+        assert tier.stats()["written_today_bytes"] == 3 * nbytes
+        await tier.delete([key(0)])
+        assert [r.refusal for r in await tier.write([item(30, nbytes)])] == [None]
+        await tier.close()
+
+    run(body())
+
+
 def test_the_budget_of_the_day_outlives_the_process(tmp_path: Path) -> None:
     async def day(now_s: float, first: int, taken: int) -> None:
         tier = NvmeTier(tmp_path, 4 << 20, daily_write_bytes=5 * 8192, now_s=lambda: now_s)

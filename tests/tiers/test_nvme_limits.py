@@ -41,6 +41,19 @@ def no_file_grows_beyond(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@contextmanager
+def no_memory_beyond(nbytes: int) -> Iterator[None]:
+    """The kernel maps no more than this besides what the process has."""
+    status = Path("/proc/self/status").read_text()
+    mapped = int(status.partition("VmSize:")[2].split()[0]) << 10
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 @pytest.mark.parametrize("driver", ["auto", "threads"])
 def test_a_medium_that_refuses_writes_still_serves(driver: str, tmp_path: Path) -> None:
     async def body() -> None:
@@ -134,6 +147,56 @@ def test_a_commit_that_fails_leaves_nothing_visible(tmp_path: Path) -> None:
         results = await tier.write([item(n) for n in range(5, 9)])
         assert {r.refusal for r in results} == {Refusal.IO_ERROR}
         assert tier.peek([key(n) for n in range(9)]) == [True] * 5 + [False] * 4
+        tier.check_invariants()
+        await tier.close()
+
+    run(body())
+
+
+def test_a_flush_that_fails_leaves_nothing_visible(tmp_path: Path) -> None:
+    """/dev/null takes every write and knows no flush."""
+
+    async def body() -> None:
+        tier = NvmeTier(tmp_path, CAPACITY_BYTES, durability="sync")
+        await tier.write([item(1)])
+        used_bytes = tier.stats()["used_bytes"]
+        null = os.open("/dev/null", os.O_RDWR)
+        os.dup2(null, tier._slab.file._fd)
+        os.close(null)
+        results = await tier.write([item(2), item(3)])
+        assert {r.refusal for r in results} == {Refusal.IO_ERROR}
+        assert tier.peek([key(n) for n in range(1, 4)]) == [True, False, False]
+        assert tier.stats()["used_bytes"] == used_bytes
+        tier.check_invariants()
+        await tier.close()
+
+    run(body())
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_memory_that_is_refused_is_not_the_end(codec: str, tmp_path: Path) -> None:
+    """A block that needs memory of ours to be moved waits for better times; nothing is lost."""
+
+    async def body() -> None:
+        nbytes = (24 << 20) - 1
+        tier = NvmeTier(tmp_path, 80 << 20, codec=codec)  # type: ignore[arg-type]
+        await tier.remember([MODEL])
+        await tier.write([item(1), item(2, nbytes)])
+        await get(tier, 1)
+        used_bytes = tier.stats()["used_bytes"]
+        new, asked = item(3, nbytes), request(2, nbytes)
+        with no_memory_beyond(8 << 20):
+            if codec == "raw":
+                assert (await tier.write([new]))[0].refusal is Refusal.IO_ERROR
+                assert (await tier.read([asked]))[0].miss is Miss.BREAKER
+            else:
+                with pytest.raises(OSError, match="Cannot allocate memory"):
+                    await tier.read([asked])
+        assert tier.stats()["used_bytes"] == used_bytes
+        assert tier.stats()["read_only"] == 0
+        assert not tier._slab.table.slots.index.pins.any()
+        assert (await tier.write([new]))[0].refusal is None
+        assert (await get(tier, 2, nbytes))[1] == content(2, nbytes)
         tier.check_invariants()
         await tier.close()
 
