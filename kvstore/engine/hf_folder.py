@@ -69,8 +69,12 @@ class HFFolder:
         return tensor
 
     def weights_fingerprint(self) -> str:
-        """sha256 over what the config makes of the weights, every header, and sampled bytes."""
-        digest = hashlib.sha256(self._arithmetic().encode())
+        """sha256 over every header, sampled bytes, and the norm's epsilon.
+
+        That is the one number on which KV depends and which neither the weights' names
+        and shapes nor a `Namespace` tell.
+        """
+        digest = hashlib.sha256(f"norm_eps={self.config.norm_eps!r}\0".encode())
         for file, header in self._headers.items():
             digest.update(header)
             ranges = [(p.offset, p.nbytes) for p in self._places.values() if p.file == file]
@@ -190,11 +194,6 @@ class HFFolder:
         for name in sorted(self._places.keys() - known):
             if not name.endswith(_IGNORED_SUFFIX):
                 raise ModelError(f"{self.path} has a weight {name}, which is not supported")
-
-    def _arithmetic(self) -> str:
-        """What KV depends on and the weights do not tell, as one text for the fingerprint."""
-        config = self.config
-        return f"norm_eps={config.norm_eps!r} heads={config.heads} qk_norm={config.qk_norm}\0"
 
     def _place(self, name: str) -> _Place:
         try:

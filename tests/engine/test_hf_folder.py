@@ -61,24 +61,12 @@ def test_weights_without_a_use_are_refused_unless_they_are_known_to_be_copies(fo
         HFFolder(folder)
 
 
-@pytest.mark.parametrize("fields", [{"rms_norm_eps": 1e-6}, {"num_attention_heads": 8}])
-def test_kv_that_another_config_computes_is_not_shared(
-    tiny_path: Path, folder: Path, fields: dict[str, Any]
-) -> None:
+def test_kv_that_another_epsilon_computes_is_not_shared(tiny_path: Path, folder: Path) -> None:
     """The weights, and all that a namespace has of its own, are the same."""
-    own, other = HFFolder(tiny_path), HFFolder(folder)
-    assert own.weights_fingerprint() == other.weights_fingerprint()
-    change(folder / "config.json", **fields)
-    if "num_attention_heads" in fields:  # the same numbers in twice as many rows
-        file = folder / "model.safetensors"
-        weights = load_file(file)
-        for name in weights:
-            if name.endswith("q_proj.weight"):
-                weights[name] = weights[name].repeat(2, 1)
-            if name.endswith("o_proj.weight"):
-                weights[name] = weights[name].repeat(1, 2)
-        save_file(weights, file)
-    assert own.weights_fingerprint() != HFFolder(folder).weights_fingerprint()
+    own = HFFolder(tiny_path).weights_fingerprint()
+    assert own == HFFolder(folder).weights_fingerprint()
+    change(folder / "config.json", rms_norm_eps=1e-6)
+    assert own != HFFolder(folder).weights_fingerprint()
 
 
 @pytest.mark.parametrize(
