@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Generator
 from types import TracebackType
@@ -111,7 +112,7 @@ class Lease:
                 left_s = give_up_s - hub.clock.monotonic_s()
                 if ready >= wanted or left_s <= 0:
                     return ready
-                hub.changed.wait(left_s)
+                hub.changed.wait(min(left_s, threading.TIMEOUT_MAX))
 
     def __await__(self) -> Generator[Any, None, int]:
         return self._wait().__await__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import threading
 from collections.abc import Mapping
 
 import numpy as np
@@ -303,7 +304,7 @@ class BlockStore:
                 left_s = None if until_s is None else until_s - hub.clock.monotonic_s()
                 if left_s is not None and left_s <= 0:
                     return False
-                hub.changed.wait(left_s)
+                hub.changed.wait(None if left_s is None else min(left_s, threading.TIMEOUT_MAX))
 
     def _promote_locked(
         self, chain: Chain, found: list[int | None], miss: Miss | None, expires_s: float

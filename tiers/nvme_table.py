@@ -82,6 +82,10 @@ class BlockTable:
             return [None if row in self._doomed else row for row in rows]
         return rows
 
+    def is_leaving(self, key: Key) -> bool:
+        """Whether a condemned block of this key is still being read: until then none can come."""
+        return bool(self._doomed) and self.slots.index.rows_by_key.get(key) in self._doomed
+
     def records(self, rows: Sequence[int]) -> list[Record]:
         """What is known of these blocks."""
         array = np.array(rows, dtype=np.int64)

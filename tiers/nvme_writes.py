@@ -92,6 +92,8 @@ class Writes:
                     refusal = None
                 elif self._slab.failure is not None:
                     refusal = Refusal.READ_ONLY
+                elif self._slab.table.is_leaving(record.key):
+                    refusal = Refusal.FULL
                 elif not self._admission.admits(record.key, record.priority):
                     refusal = Refusal.ADMISSION
                 elif not self._budget.take(record.raw_bytes, now_s):

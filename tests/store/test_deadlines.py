@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import threading
 
 import pytest
 
 from kvstore.tier import Miss
 from tests.store.conftest import MakeRig
-from tests.store.rig import BLOCK, Rig, chain, check_bytes, get, stats_add_up, used
+from tests.store.rig import BLOCK, Rig, chain, check_bytes, get, put, stats_add_up, used
 
 
 def test_what_has_not_come_by_the_deadline_is_cut_off(rig: Rig) -> None:
@@ -73,6 +75,22 @@ def test_a_timeout_of_wait_is_no_deadline(rig: Rig) -> None:
         assert (len(lease), lease.miss) == (2, None)
         rig.gate.release()
         assert lease.wait() == 2
+
+
+def test_a_deadline_may_be_never(rig: Rig) -> None:
+    rig.store_below(chain(2))
+    rig.gate.hold("read")
+    with rig.store.acquire(chain(2), deadline_s=math.inf) as lease:
+        waiter = threading.Timer(0.0, rig.gate.release)
+        waiter.start()
+        assert lease.wait(timeout_s=1e300) == 2
+        waiter.join()
+    rig.gate.hold("write")
+    put(rig.store, chain(2, 1))
+    waiter = threading.Timer(0.0, rig.gate.release)
+    waiter.start()
+    assert rig.store.flush(math.inf)
+    waiter.join()
 
 
 def test_waiting_for_a_part(make_rig: MakeRig) -> None:

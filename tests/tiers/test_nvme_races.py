@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from kvstore.tier import Miss
+from kvstore.tier import Miss, Refusal
 from kvstore.tiers.nvme import NvmeTier
 from tests.tiers.subjects import (
     CAPACITY_BYTES,
@@ -89,6 +89,34 @@ def test_a_block_that_is_evicted_while_it_is_deleted(tmp_path: Path) -> None:
         tier._slab.lock = WatchedLock(lock, write)  # type: ignore[assignment]
         assert await tier.delete([key(oldest)]) == 1
         assert tier.peek([key(oldest), key(99)]) == [False, True]
+        tier.check_invariants()
+        await tier.close()
+
+    run(body())
+
+
+def test_a_block_that_is_written_again_while_its_deleted_copy_is_read(tmp_path: Path) -> None:
+    """It cannot be taken yet, and that is said: whoever is told that it is stored gives it up."""
+
+    async def body() -> None:
+        tier = NvmeTier(tmp_path, CAPACITY_BYTES)
+        await tier.write([item(1)])
+        loop, read = asyncio.get_running_loop(), tier._slab.file.read
+        refusals: list[Refusal | None] = []
+
+        def read_slowly(blocks: object, done: object) -> None:
+            deleted = asyncio.run_coroutine_threadsafe(tier.delete([key(1)]), loop)
+            assert deleted.result(PATIENCE_S) == 1
+            written = asyncio.run_coroutine_threadsafe(tier.write([item(1), item(2)]), loop)
+            refusals.extend(result.refusal for result in written.result(PATIENCE_S))
+            read(blocks, done)  # type: ignore[arg-type]
+
+        tier._slab.file.read = read_slowly  # type: ignore[method-assign]
+        assert (await tier.read([request(1)]))[0].miss is None
+        assert refusals == [Refusal.FULL, None]
+        assert tier.peek([key(1), key(2)]) == [False, True]
+        assert (await tier.write([item(1)]))[0].refusal is None
+        assert tier.peek([key(1)]) == [True]
         tier.check_invariants()
         await tier.close()
 
