@@ -14,6 +14,7 @@ from kvstore.errors import ClosedError, SettingsError
 from kvstore.frame import checksum
 from kvstore.hashing import Key
 from kvstore.policy import EvictionPolicy
+from kvstore.retention import MAX_PRIORITY
 from kvstore.slots import Batch, SlotTable
 from kvstore.tier import (
     Miss,
@@ -123,7 +124,7 @@ class RamTier:
 
     def _write(self, item: WriteItem) -> Refusal | None:
         record, nbytes = item.record, item.record.raw_bytes
-        if not 0 < nbytes <= len(item.buffer):
+        if not (0 < nbytes <= item.buffer.nbytes and 0 <= record.priority <= MAX_PRIORITY):
             return Refusal.INVALID
         if self.slots.find([record.key]) != [None]:
             return None
@@ -139,7 +140,7 @@ class RamTier:
             there = self.slots.index.rows_by_key
             self._records = {key: kept for key, kept in self._records.items() if key in there}
         view = self._view(int(rows[0]))
-        view[:] = item.buffer[:nbytes]
+        view[:] = item.buffer.cast("B")[:nbytes]
         self._records[record.key] = replace(
             record, codec="raw", stored_bytes=nbytes, checksum=checksum(view)
         )

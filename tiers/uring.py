@@ -109,8 +109,14 @@ class _Ring:
     def __init__(self) -> None:
         params = _Params(flags=_SETUP_FLAGS)
         self._fd = _call(_SETUP, DEPTH, ctypes.addressof(params))
-        if not params.features & _FEAT_SINGLE_MMAP:
+        try:
+            self._map(params)
+        except BaseException:
             os.close(self._fd)
+            raise
+
+    def _map(self, params: _Params) -> None:
+        if not params.features & _FEAT_SINGLE_MMAP:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         sq, cq = params.sq, params.cq
         nbytes = max(sq.array + 4 * params.sq_entries, cq.cqes + _CQE.itemsize * params.cq_entries)

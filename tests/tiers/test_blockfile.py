@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import random
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,6 +69,22 @@ def move(call: object, blocks: list[Block]) -> dict[int, int]:
     call(blocks, done)
     assert sorted(told) == list(range(len(blocks)))
     return told
+
+
+def test_a_ring_that_cannot_be_mapped_leaves_no_file_open() -> None:
+    """The kernel gives the ring the last file descriptor, and none to map it with."""
+    last = os.dup(0)
+    os.close(last)
+    before = os.listdir("/proc/self/fd")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, hard))
+    try:
+        with pytest.raises(OSError, match=r".") as refused:
+            UringDriver()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert refused.value.errno in (errno.EMFILE, errno.EPERM, errno.ENOSYS)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def aligned(nbytes: int) -> memoryview:

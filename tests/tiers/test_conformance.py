@@ -157,15 +157,17 @@ def test_the_first_write_of_a_key_wins(within: Callable[[Body], None]) -> None:
     within(body)
 
 
-def test_a_record_that_does_not_fit_its_buffer_is_refused_alone(
+def test_a_record_that_cannot_be_is_refused_alone(
     within: Callable[[Body], None],
 ) -> None:
     async def body(tier: Tier) -> None:
         short = item(1)._replace(buffer=memoryview(bytes(8191)))
         empty = item(2, 0)
-        results = await tier.write([short, item(3), empty])
-        assert [r.refusal for r in results] == [Refusal.INVALID, None, Refusal.INVALID]
-        assert await tier.contains([key(n) for n in (1, 2, 3)]) == [False, False, True]
+        results = await tier.write([short, item(3), empty, item(4, priority=101), item(5)])
+        invalid = Refusal.INVALID
+        assert [r.refusal for r in results] == [invalid, None, invalid, invalid, None]
+        there = await tier.contains([key(n) for n in range(1, 6)])
+        assert there == [False, False, True, False, True]
 
     within(body)
 
