@@ -144,7 +144,7 @@ class Demotions:
 
     def _record_locked(self, row: int, now_s: float) -> Record:
         index = self._hub.slots.index
-        key, ttl_s = index.keys[row], index.ttl_s.item(row)
+        key = index.keys[row]
         assert key is not None
         return Record(
             namespace=self._hub.slots.namespace(row),
@@ -154,9 +154,14 @@ class Demotions:
             created_s=now_s,
             last_use_s=now_s,
             priority=index.priority.item(row),
-            # The clock of a TTL stands still in RAM while the block is in use; below it runs.
-            expires_s=now_s + ttl_s if ttl_s else index.expires_s.item(row),
+            expires_s=self._expires_locked(row, now_s),
         )
+
+    def _expires_locked(self, row: int, now_s: float) -> float:
+        """The clock of a TTL stands still in RAM while the block is in use; below it runs."""
+        index = self._hub.slots.index
+        ttl_s = index.ttl_s.item(row)
+        return now_s + ttl_s if ttl_s else index.expires_s.item(row)
 
     async def _write(self, batch: Batch) -> list[WriteResult]:
         if batch.namespaces:
@@ -202,7 +207,8 @@ class Demotions:
             priority = index.priority.item(row)
             if index.keys[row] == record.key and priority != record.priority:
                 # Retained while it was being written.
-                self._errands.retain_locked([record.key], priority, index.expires_s.item(row))
+                expires_s = self._expires_locked(row, self._hub.clock.wall_s())
+                self._errands.retain_locked([record.key], priority, expires_s)
 
     def _unpin_locked(self, rows: list[int]) -> None:
         self._hub.slots.unpin(np.array(rows, dtype=np.int64), self._hub.clock.wall_s())

@@ -141,6 +141,7 @@ class NvmeTier:
     def protected_bytes(self, namespace: bytes) -> int:
         with self._slab.lock:
             slots = self._slab.table.slots
+            slots.expire(self._now_s())
             return slots.protected_bytes[slots.namespace_id(namespace)]
 
     async def retain(self, keys: Sequence[Key], priority: int, expires_s: float) -> int:
