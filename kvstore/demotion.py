@@ -204,9 +204,11 @@ class Demotions:
                 counters[f"demotions_refused_{result.refusal.value}_blocks"] += 1
                 continue
             counters["demoted_blocks"] += 1
+            if index.keys[row] != record.key:
+                continue
             priority = index.priority.item(row)
-            if index.keys[row] == record.key and priority != record.priority:
-                # Retained while it was being written.
+            asked = priority, self._expires_locked(row, record.created_s)
+            if asked != (record.priority, record.expires_s):  # retained while being written
                 expires_s = self._expires_locked(row, self._hub.clock.wall_s())
                 self._errands.retain_locked([record.key], priority, expires_s)
 

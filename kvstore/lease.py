@@ -142,7 +142,10 @@ class Lease:
 
     @property
     def views(self) -> list[memoryview]:
-        """Read-only bytes of the ready blocks, canonical layout; owned by the store."""
+        """Read-only bytes of the ready blocks, canonical layout; owned by the store.
+
+        Keep the lease as long as its views: a lost one is released by the next verb.
+        """
         ready = self.ready()
         if self._released or self._hub.closed:
             raise ClosedError("the lease was released; its blocks may no longer be read")

@@ -139,6 +139,7 @@ class NvmeTier:
             self._slab.table.touch(rows, now_s)
 
     def protected_bytes(self, namespace: bytes) -> int:
+        """What has expired no longer counts."""
         with self._slab.lock:
             slots = self._slab.table.slots
             slots.expire(self._now_s())

@@ -26,6 +26,30 @@ def test_retained_while_it_is_leased_and_being_written(rig: Rig) -> None:
     assert rig.column("priority", blocks) == [DEFAULT_PRIORITY] * 2
 
 
+def test_retained_for_another_time_while_it_is_being_written(rig: Rig) -> None:
+    rig.gate.hold("write")
+    put(rig.store, chain(2), Retention(80))
+    rig.gate.arrived("write")
+    assert rig.store.retain(chain(2), Retention(80, ttl_s=10.0)).accepted == 2
+    rig.gate.release()
+    assert rig.store.flush(30.0)
+    assert rig.nvme.protected_bytes(NAMESPACE.fingerprint) == 2 * BLOCK
+    assert rig.gate.calls["retain"] == 1
+    rig.clock.now_s += 11.0
+    assert rig.nvme.protected_bytes(NAMESPACE.fingerprint) == 0
+
+
+def test_what_nobody_retained_meanwhile_is_written_once(rig: Rig) -> None:
+    rig.gate.hold("write")
+    put(rig.store, chain(2), Retention(80, ttl_s=10.0))
+    put(rig.store, chain(2, 1))
+    rig.gate.arrived("write")
+    rig.clock.now_s += 5.0
+    rig.gate.release()
+    assert rig.store.flush(30.0)
+    assert rig.gate.calls["retain"] == 0
+
+
 def test_what_expired_below_is_no_burden_on_the_budget(make_rig: MakeRig) -> None:
     rig = make_rig(protected_bytes=2 * BLOCK)
     rig.store_below(chain(2), Retention(80, ttl_s=10.0))
