@@ -28,7 +28,7 @@ def measure(bench: Bench) -> Iterator[Row]:
     from kvstore.engine.engine import Engine
 
     source = model.gguf()
-    folder = model.write_folder(source, bench.directory / "model")
+    folder = model.folder_of(source, bench.directory / "model")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     version = f"transformers {transformers.__version__}, {torch.get_num_threads()} thread(s)"
     with Engine.from_pretrained(source, dtype="bfloat16", hbm_bytes="1 GiB") as ours:

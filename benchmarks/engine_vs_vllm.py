@@ -18,7 +18,7 @@ def measure(bench: Bench) -> Iterator[Row]:
     from kvstore.engine.engine import Engine
 
     source = model.gguf()
-    folder = model.write_folder(source, bench.directory / "model")
+    folder = model.folder_of(source, bench.directory / "model")
     module = "benchmarks.workers.vllm_worker"
     with (
         Worker(python, module, folder, "bfloat16", model.CONTEXT_TOKENS) as vllm,

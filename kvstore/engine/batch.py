@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class Batch:
 
     `tokens`, `positions` and `slots` are int64 [T] on the decoder's device. A slot
     is a token's place in the KV tensor: `block * block_tokens + offset`.
-    `logits_rows` (int64 [R]) names the rows whose logits are wanted.
+    `logits_rows` (int64 [R], ascending) names the rows whose logits are wanted;
+    `logits_spans[i]` is what row `logits_rows[i]` attends to, as a span of that one token.
     """
 
     tokens: Tensor
@@ -43,6 +45,7 @@ class Batch:
     slots: Tensor
     spans: tuple[SequenceSpan, ...]
     logits_rows: Tensor
+    logits_spans: tuple[SequenceSpan, ...]
     block_tokens: int
 
     @classmethod
@@ -58,7 +61,7 @@ class Batch:
         """Lay `tokens[i]`, the query tokens of `spans[i]`, end to end.
 
         Without `logits_rows` the logits of every span's last row are wanted.
-        Raises ValueError when tokens, spans and block tables do not fit.
+        Raises ValueError when tokens, spans, rows and block tables do not fit.
         """
         _check(spans, tokens, block_tokens)
         positions = [p for s in spans for p in range(s.context_tokens, s.total_tokens)]
@@ -67,11 +70,11 @@ class Batch:
             for s in spans
             for p in range(s.context_tokens, s.total_tokens)
         ]
+        ends = list(accumulate(span.query_tokens for span in spans))
         if logits_rows is None:
-            logits_rows, end = [], 0
-            for span in spans:
-                end += span.query_tokens
-                logits_rows.append(end - 1)
+            logits_rows = [end - 1 for end in ends]
+        elif any(a >= b for a, b in pairwise([-1, *logits_rows, sum(map(len, tokens))])):
+            raise ValueError(f"logits of rows {list(logits_rows)}: not ascending, or not there")
 
         def tensor(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
@@ -82,8 +85,16 @@ class Batch:
             slots=tensor(slots),
             spans=tuple(spans),
             logits_rows=tensor(logits_rows),
+            logits_spans=tuple(_span_of(row, spans, ends) for row in logits_rows),
             block_tokens=block_tokens,
         )
+
+
+def _span_of(row: int, spans: Sequence[SequenceSpan], ends: Sequence[int]) -> SequenceSpan:
+    """Row `row` alone, as if it were decoded; span i ends before row `ends[i]`."""
+    number = bisect_right(ends, row)
+    span = spans[number]
+    return SequenceSpan(1, span.total_tokens - (ends[number] - row), span.block_table)
 
 
 def _check(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, rms_norm
 
-from kvstore.engine.batch import Batch
+from kvstore.engine.batch import Batch, SequenceSpan
 from kvstore.engine.checkpoint import Checkpoint, Progress
 from kvstore.engine.config import ModelConfig
 from kvstore.engine.linear import MIN_ROWS, Linear
@@ -80,13 +80,7 @@ class Decoder:
         the caller owns it, and everything in it is finite. Logits are float32
         [len(batch.logits_rows), vocab_size].
         """
-        attend = PagedAttention(
-            batch.spans,
-            kv,
-            heads=self.config.heads,
-            block_tokens=batch.block_tokens,
-            workspace=self._workspace,
-        )
+        attend = self._attention(batch, batch.spans, kv)
         hidden = self._embedding[_padded(batch.tokens)]
         cos, sin = self._rotary.at(
             _padded(batch.positions), max(span.total_tokens for span in batch.spans)
@@ -94,11 +88,27 @@ class Decoder:
         for number, layer in enumerate(self._layers):
             x = self._norm_rows(hidden, layer.input_norm)
             query = self._store_kv(layer, x, cos, sin, batch.slots, kv[:, number])
+            if layer is self._layers[-1] and len(batch.logits_rows) < len(batch.tokens):
+                # All K and V are stored; of what remains only the wanted rows are read.
+                if not batch.logits_spans:
+                    break
+                rows = _padded(batch.logits_rows)
+                query, hidden = query[rows], hidden[rows]
+                attend = self._attention(batch, batch.logits_spans, kv)
             attended = attend(query, number).to(self.dtype)
             hidden = layer.output.plus(attended, hidden)
             x = self._norm_rows(hidden, layer.post_norm)
             hidden = layer.down.plus(layer.up.times(x, layer.gate.silu(x)), hidden)
-        return self._logits(hidden, batch.logits_rows)
+        return self._logits(hidden, len(batch.logits_rows))
+
+    def _attention(self, batch: Batch, spans: Sequence[SequenceSpan], kv: Tensor) -> PagedAttention:
+        return PagedAttention(
+            spans,
+            kv,
+            heads=self.config.heads,
+            block_tokens=batch.block_tokens,
+            workspace=self._workspace,
+        )
 
     def _store_kv(
         self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, kv: Tensor
@@ -116,11 +126,11 @@ class Decoder:
         kv.index_copy_(2, slots, pairs.permute(2, 1, 0, 3))
         return rotated[:, : c.query_size]
 
-    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        if not len(rows):
+    def _logits(self, hidden: Tensor, count: int) -> Tensor:
+        """Of the first `count` rows."""
+        if not count:
             return hidden.new_empty(0, self.config.vocab_size, dtype=torch.float32)
-        wanted = self._norm_rows(hidden[_padded(rows)], self._norm)
-        return self._head(wanted)[: len(rows)].float()
+        return self._head(self._norm_rows(hidden, self._norm))[:count].float()
 
     def _norm_rows(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps)
