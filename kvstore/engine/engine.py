@@ -180,6 +180,7 @@ class Engine:
     def abort(self, request_id: int) -> None:
         """Drop a request and free its blocks; nothing happens when it is finished or unknown."""
         self._inboxes.pop(request_id, None)
+        self._undelivered = [d for d in self._undelivered if d.request_id != request_id]
         self._loop.abort(request_id)
 
     @property

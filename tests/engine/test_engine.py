@@ -153,18 +153,20 @@ def test_a_stream_that_is_left_frees_its_blocks(make: Any) -> None:
 
 def test_requests_by_hand(make: Any, expected: list[tuple[int, ...]]) -> None:
     engine = make()
-    ids = [engine.add_request(prompt, GREEDY) for prompt in PROMPTS[:4]]
+    ids = [engine.add_request(prompt, GREEDY) for prompt in [*PROMPTS[:4], PROMPTS[5]]]
     engine.step()
     engine.abort(ids[1])
     engine.abort(ids[1])
     stream = engine.stream(PROMPTS[4], GREEDY)
     streamed = next(stream).token_ids  # computes steps whose deltas belong to the others
+    engine.abort(ids[4])
     seen: dict[int, tuple[int, ...]] = dict.fromkeys(ids, ())
     while engine.busy:
         for delta in engine.step():
             seen[delta.request_id] += delta.token_ids
         engine.check_invariants()
     assert [len(seen[i]) for i in (ids[0], ids[2], ids[3])] != [0, 0, 0]
+    assert not seen[ids[4]]
     for i in (0, 2, 3):
         assert seen[ids[i]][-20:] == expected[i][-20:]
     assert streamed + tuple(t for d in stream for t in d.token_ids) == expected[4]
