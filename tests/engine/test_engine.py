@@ -153,7 +153,7 @@ def test_a_stream_that_is_left_frees_its_blocks(make: Any) -> None:
 
 def test_requests_by_hand(make: Any, expected: list[tuple[int, ...]]) -> None:
     engine = make()
-    ids = [engine.add_request(prompt, GREEDY) for prompt in [*PROMPTS[:4], PROMPTS[5]]]
+    ids = [engine.add_request(prompt, GREEDY) for prompt in [*PROMPTS[:4], PROMPTS[7]]]
     engine.step()
     engine.abort(ids[1])
     engine.abort(ids[1])
