@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+SLAB, RECORDS = "slab", "records.mdb"  # the files of an NVMe directory that take its space
+# Of an NVMe tier's capacity, what its other files, the directory and the file system's
+# extents may take. It is never allocated.
+OVERHEAD_BYTES = 64 << 10
+_ROUNDING_BYTES = 4096  # the slab ends with a whole block of the file system
+
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -28,16 +34,24 @@ def memory_bytes() -> int:
 
 
 def free_disk_bytes(directory: Path) -> int:
-    """What files in `directory` may grow to: free space, plus what they hold already.
+    """The largest NVMe tier for which there is room: free space, plus what it holds already.
 
-    The directory need not exist yet.
+    A tier whose files are there always has room for the capacity that they were made
+    for, on a full disk as well. Other files in the directory count for nothing. It need
+    not exist yet.
     """
     existing = directory.absolute()
     while not os.path.exists(existing) and existing != existing.parent:
         existing = existing.parent
     disk = os.statvfs(existing)
-    try:
-        held = sum(entry.stat().st_blocks * 512 for entry in os.scandir(directory))
-    except OSError:  # absent, or not ours to read: whoever opens it will say so
-        held = 0
+    held = sum(_allocated_bytes(directory / name) for name in (SLAB, RECORDS))
+    if held:
+        held += OVERHEAD_BYTES + _ROUNDING_BYTES
     return disk.f_bavail * disk.f_frsize + held
+
+
+def _allocated_bytes(file: Path) -> int:
+    try:
+        return file.stat().st_blocks * 512
+    except OSError:  # absent, or not ours to read: whoever opens it will say so
+        return 0

@@ -58,9 +58,10 @@ LAYERS = {
     ),
     "clock": Layer("clock"),
     "tier": Layer("tier frame", "errors pure"),
-    "settings": Layer("settings sources machine", "errors pure"),
+    "machine": Layer("machine"),
+    "settings": Layer("settings sources", "errors pure machine"),
     "kernels": Layer("kernels", "errors pure"),
-    "tiers": Layer("tiers", "errors pure clock tier"),
+    "tiers": Layer("tiers", "errors pure clock tier machine"),
     "hbm": Layer("tiers.hbm", "errors pure kernels tiers"),
     "store": Layer(
         "store below hub lease reservation promotion demotion background transfer errands lookup",
@@ -70,7 +71,7 @@ LAYERS = {
     "compose": Layer("compose", "errors pure clock tier settings tiers store"),
     "public": Layer("__init__", "errors pure store engine compose"),
     "cli": Layer(
-        "cli __main__", "errors pure clock tier settings tiers store engine compose public"
+        "cli __main__", "errors pure clock tier machine settings tiers store engine compose public"
     ),
     "connectors": Layer("connectors", "errors pure tier kernels store public"),
 }

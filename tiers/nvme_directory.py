@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 from kvstore.allocator import ALIGN_BYTES
 from kvstore.errors import DirectoryError, SettingsError
+from kvstore.machine import OVERHEAD_BYTES, RECORDS, SLAB, free_disk_bytes
+from kvstore.quantities import format_size
 
 FORMAT = 1
 MIN_CAPACITY_BYTES = 1 << 20
@@ -22,7 +25,8 @@ MAP_BASE_BYTES = 96 << 10  # what LMDB needs before the first record
 _FORMAT_LINE = "kvstore nvme format "
 _LEAST_MAP_BYTES = 256 << 10
 _SMALL_MAP_BYTES = 16 << 20
-_OVERHEAD_BYTES = 64 << 10  # the directory itself, its small files, the file system's extents
+# What there may be in a new directory: of the file system, and of us if we were killed.
+_NOT_FOREIGN = {"lost+found", "lock", "format.new"}
 
 
 class Sizes(NamedTuple):
@@ -50,7 +54,7 @@ class Sizes(NamedTuple):
         small = max(_LEAST_MAP_BYTES, min(capacity_bytes // 8, _SMALL_MAP_BYTES))
         map_bytes = max(capacity_bytes // 64, small)
         map_bytes = map_bytes // ALIGN_BYTES * ALIGN_BYTES
-        slab_bytes = (capacity_bytes - map_bytes - _OVERHEAD_BYTES) // ALIGN_BYTES * ALIGN_BYTES
+        slab_bytes = (capacity_bytes - map_bytes - OVERHEAD_BYTES) // ALIGN_BYTES * ALIGN_BYTES
         return cls(slab_bytes, map_bytes)
 
 
@@ -61,44 +65,60 @@ class Directory:
         """Lock the directory; `create` what is missing.
 
         Raises DirectoryError when it may not be read (or, with `create`, written),
-        is in use, is of a newer format, or is not an NVMe directory at all.
+        is in use, is of a newer format, or is not an NVMe directory at all. A folder
+        that holds something else is left as it was.
         """
         self.path = path
         self._lock_fd = -1
         try:
             if create:
                 path.mkdir(parents=True, exist_ok=True)
+            if not self._has_format():
+                self._check_new(create)
             self._lock(create)
-            self._check_format(create)
+            if create and not self._has_format():
+                self._write_format()
+            self._check_access(create)
         except OSError as error:
             self.close()
-            raise DirectoryError(self._explain(error)) from error
+            raise self.refusal(error) from error
         except DirectoryError:
             self.close()
             raise
 
     @property
     def slab(self) -> Path:
-        return self.path / "slab"
+        return self.path / SLAB
 
     @property
     def records(self) -> Path:
-        return self.path / "records.mdb"
+        return self.path / RECORDS
 
     def allocated_bytes(self) -> int:
         """What the files here occupy on the disk now."""
         return sum(entry.stat().st_blocks * 512 for entry in os.scandir(self.path))
 
     def room_bytes(self) -> int:
-        """What the files here may grow to: what they occupy, and what is free on the disk."""
-        disk = os.statvfs(self.path)
-        return self.allocated_bytes() + disk.f_bavail * disk.f_frsize
+        """The largest capacity for which there is room."""
+        return free_disk_bytes(self.path)
 
     def too_large(self, capacity_bytes: int) -> SettingsError:
         return SettingsError(
-            f"an NVMe tier of {capacity_bytes / 2**30:.2f} GiB does not fit on the disk of "
-            f"{self.path}, where {self.room_bytes() / 2**30:.2f} GiB can be had; ask for less"
+            f"an NVMe tier of {format_size(capacity_bytes)} does not fit on the disk of "
+            f"{self.path}, where {format_size(self.room_bytes())} can be had; ask for less"
         )
+
+    def refusal(self, error: OSError) -> DirectoryError:
+        """Why the directory cannot be used, for a person."""
+        if error.errno == errno.ENOENT:
+            text = f"{self.path} is not a kvstore NVMe directory: {error.filename} is missing"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            inside = error.filename and os.path.exists(error.filename)
+            which = error.filename if inside else self.path
+            text = f"no permission to use {which}: {error.strerror}"
+        else:
+            text = f"{self.path} cannot be used: {error.strerror}"
+        return DirectoryError(text)
 
     def sync(self) -> None:
         """Make names of files in the directory survive a power cut."""
@@ -136,21 +156,39 @@ class Directory:
             owner = os.pread(self._lock_fd, 32, 0).decode("ascii", "replace").strip()
             raise DirectoryError(
                 f"{self.path} is in use by process {owner or 'unknown'}; "
-                "give every process a directory of its own, or let them share a daemon"
+                "give every process a directory of its own"
             ) from None
         if create:
-            os.ftruncate(self._lock_fd, 0)
-            os.pwrite(self._lock_fd, b"%d\n" % os.getpid(), 0)
+            # Written over, not anew, and only a courtesy: the disk may be full.
+            with suppress(OSError):
+                os.pwrite(self._lock_fd, b"%-20d\n" % os.getpid(), 0)
 
-    def _check_format(self, create: bool) -> None:
+    def _check_access(self, write: bool) -> None:
+        """Before LMDB, whose errors do not tell a file that is closed to us from a damaged one."""
+        for path in (self.slab, self.records):
+            with suppress(FileNotFoundError):
+                os.close(os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC))
+
+    def _check_new(self, create: bool) -> None:
+        """Where no format is written down, there must be nothing, and we must be asked to begin."""
+        if not self.path.exists():
+            raise DirectoryError(f"{self.path} does not exist")
+        foreign = set(os.listdir(self.path)) - _NOT_FOREIGN
+        # Whoever begins this directory at this moment writes the format first: look again.
+        if not create or (foreign and not self._has_format()):
+            text = f"{self.path} is not a kvstore NVMe directory"
+            if create:
+                example = self.path / "kvstore"
+                text += f" and not empty; name a new or empty folder, such as {example}"
+            raise DirectoryError(text)
+
+    def _has_format(self) -> bool:
+        """False where none is written down. Raises DirectoryError for one that is not ours."""
         path = self.path / "format"
         try:
             line = path.read_text(errors="replace")
         except FileNotFoundError:
-            if not create or self.slab.exists() or self.records.exists():
-                raise DirectoryError(f"{self.path} is not a kvstore NVMe directory") from None
-            self._write_format(path)
-            return
+            return False
         number = line.removeprefix(_FORMAT_LINE).strip()
         if not line.startswith(_FORMAT_LINE) or not number.isdecimal():
             raise DirectoryError(f"{self.path} is not a kvstore NVMe directory: see {path}")
@@ -159,8 +197,10 @@ class Directory:
                 f"{self.path} was written by a newer kvstore (format {number}, this one knows "
                 f"up to {FORMAT}); upgrade kvstore, or give another directory"
             )
+        return True
 
-    def _write_format(self, path: Path) -> None:
+    def _write_format(self) -> None:
+        path = self.path / "format"
         fresh = path.with_suffix(".new")
         with open(fresh, "w") as file:
             file.write(f"{_FORMAT_LINE}{FORMAT}\n")
@@ -168,10 +208,3 @@ class Directory:
             os.fsync(file.fileno())
         fresh.rename(path)
         self.sync()
-
-    def _explain(self, error: OSError) -> str:
-        if error.errno == errno.ENOENT:
-            return f"{self.path} is not a kvstore NVMe directory: {error.filename} is missing"
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"no permission to use {self.path}: {error.strerror}"
-        return f"{self.path} cannot be used: {error.strerror}"

@@ -64,10 +64,15 @@ class Slab:
                 undo.callback(self.file.close)
                 # After the records: bytes beyond a smaller slab's end belong to no block now.
                 self.file.resize(self.sizes.slab_bytes)
+                # After the slab: a smaller one leaves room for the copy on a full disk.
+                if self._directory.records.stat().st_size > self.sizes.map_bytes:
+                    self.records.shrink(self.sizes.map_bytes)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise self._directory.too_large(capacity_bytes) from error
-                raise DirectoryError(f"{path} cannot be used: {error.strerror}") from error
+                raise self._directory.refusal(error) from error
+            except lmdb.ReadonlyError as error:
+                raise DirectoryError(f"no permission to use {path}: {error}") from error
             except lmdb.Error as error:
                 raise DirectoryError(f"{path}: the records cannot be kept: {error}") from error
             undo.pop_all()
@@ -92,9 +97,7 @@ class Slab:
         try:
             dropped = self.table.load(*records.load())
             if dropped:
-                records.delete(dropped)
-            if path.stat().st_size > self.sizes.map_bytes:
-                records.shrink(self.sizes.map_bytes)
+                self._drop(records, dropped)
             self.namespaces = records.namespaces()
             self.written_before = records.written()
         except BaseException:
@@ -102,6 +105,15 @@ class Slab:
             raise
         self.counters["dropped_records"] = len(dropped)
         return records
+
+    def _drop(self, records: RecordFile, offsets: Sequence[int]) -> None:
+        """Delete records that are no good. Where the disk refuses, what is good is still served."""
+        try:
+            records.delete(offsets)
+        except DamageError:
+            raise
+        except RecordError as error:
+            self.fail("records", error)
 
     # ---- changes, called from worker threads
 

@@ -15,13 +15,13 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore.allocator import align_up
+from kvstore.allocator import ALIGN_BYTES, align_up
 from kvstore.errors import DirectoryError
 from kvstore.frame import RECORD_DTYPE, checksum, names
 from kvstore.hashing import Key
 from kvstore.identity import Namespace
 from kvstore.tiers.nvme_directory import Directory
-from kvstore.tiers.nvme_records import RecordFile
+from kvstore.tiers.nvme_records import DamageError, RecordFile
 
 STEP_BYTES = 64 << 20  # checked between two reports of progress
 
@@ -73,6 +73,12 @@ class DirectorySummary:
     @property
     def stored_bytes(self) -> int:
         return int(self.records["stored_bytes"].sum())
+
+    @property
+    def cut_off_blocks(self) -> int:
+        """Blocks that reach beyond the end of the slab, by their records."""
+        lengths = (self.records["stored_bytes"] + (ALIGN_BYTES - 1)) // ALIGN_BYTES * ALIGN_BYTES
+        return int(np.count_nonzero(self.records["offset"] + lengths > self.slab_bytes))
 
 
 class _Contents(NamedTuple):
@@ -129,10 +135,12 @@ def _read(directory: Directory) -> _Contents:
             namespaces = records.namespaces()
         finally:
             records.close()
-    except lmdb.Error as error:
+    except (*DamageError, lmdb.NotFoundError) as error:
         raise DirectoryError(f"{directory.records} is damaged: {error}") from error
+    except lmdb.Error as error:
+        raise DirectoryError(f"{directory.records} cannot be read: {error}") from error
     except OSError as error:
-        raise DirectoryError(f"{directory.records} cannot be read: {error.strerror}") from error
+        raise directory.refusal(error) from error
     return _Contents(offsets, found.rows, found.intact, namespaces)
 
 

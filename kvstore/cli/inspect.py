@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from kvstore.settings import Settings
     from kvstore.tiers.nvme_verify import DirectorySummary, Finding, NamespaceSummary
 
+SHOWN_FINDINGS = 20  # by `verify`, for a person
+
 directory_argument = click.argument(
     "directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path, readable=False)
 )
@@ -76,6 +78,7 @@ def stat(directory: Path | None, settings: Settings, as_json: bool) -> None:
                 "slab_bytes": summary.slab_bytes,
                 "allocated_bytes": summary.allocated_bytes,
                 "damaged_records": summary.damaged_records,
+                "cut_off_blocks": summary.cut_off_blocks,
                 "namespaces": [_namespace(each) for each in summary.namespaces],
             }
         )
@@ -87,6 +90,11 @@ def stat(directory: Path | None, settings: Settings, as_json: bool) -> None:
     )
     if summary.damaged_records:
         show(f"{summary.damaged_records} damaged records; `kvstore verify` says more\n")
+    if summary.cut_off_blocks:
+        show(
+            f"the slab is shorter than its records say, by {summary.cut_off_blocks} blocks; "
+            "`kvstore verify` says more\n"
+        )
     for each in summary.namespaces:
         known = each.namespace
         model = f"{known.model}, {known.kv_dtype}" if known else "unknown model"
@@ -139,9 +147,11 @@ def verify(directory: Path | None, settings: Settings, as_json: bool) -> int:
             }
         )
     else:
-        for finding in findings:
+        for finding in findings[:SHOWN_FINDINGS]:
             key = finding.key.hex() if finding.key else "unknown block"
             show(f"{key} at offset {finding.offset}: {finding.problem}\n")
+        if len(findings) > SHOWN_FINDINGS:
+            show(f"and {len(findings) - SHOWN_FINDINGS} more; --json has them all\n")
         verdict = f"problems: {len(findings)}" if findings else "all is well"
         show(f"{step.blocks} blocks, {format_size(step.stored_bytes)} read: {verdict}\n")
     return 1 if findings else 0

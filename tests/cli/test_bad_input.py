@@ -153,7 +153,7 @@ def test_directories_that_cannot_be_used(here: Callable[..., Done], tmp_path: Pa
     (tmp_path / "pictures").mkdir()
     for path, expected in (
         (tmp_path / "file" / "blocks", "Not a directory"),
-        (tmp_path / "nowhere", "is not a kvstore NVMe directory"),
+        (tmp_path / "nowhere", "nowhere does not exist"),
         (tmp_path / "pictures", "is not a kvstore NVMe directory"),
     ):
         refused(here("ls", path), str(path), expected)
@@ -161,6 +161,15 @@ def test_directories_that_cannot_be_used(here: Callable[..., Done], tmp_path: Pa
     asked = ("--model", tmp_path, "--nvme-path", below, "--nvme-bytes", "8 MiB", "hello")
     refused(here("generate", *asked), str(below), "Not a directory")
     refused(here("stat"), "which directory?")
+
+
+def test_a_folder_of_something_else(here: Callable[..., Done], tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "one").write_text("")
+    asked = ("--model", tmp_path, "--nvme-path", pictures, "--nvme-bytes", "8 MiB", "hello")
+    refused(here("generate", *asked), f"name a new or empty folder, such as {pictures}/kvstore")
+    assert [path.name for path in pictures.iterdir()] == ["one"]
 
 
 def test_no_permission_on_the_directory(home: Path, tmp_path: Path) -> None:
@@ -174,6 +183,21 @@ def test_no_permission_on_the_directory(home: Path, tmp_path: Path) -> None:
         refused(asked, f"{blocks / 'model'} cannot be read: Permission denied")
     finally:
         blocks.chmod(0o700)
+
+
+@pytest.mark.parametrize("name", ["slab", "records.mdb"])
+def test_no_permission_on_a_file_is_no_damage(name: str, home: Path, tmp_path: Path) -> None:
+    blocks = tmp_path / "blocks"
+    with library.open(ram_bytes="1 MiB", nvme_path=blocks, nvme_bytes="8 MiB") as store:
+        fill(store, 3)
+    blocks.chmod(0o755)
+    for path in blocks.iterdir():
+        path.chmod(0o644)
+    assert as_somebody(home, tmp_path, "verify", blocks).status == 0
+    (blocks / name).chmod(0)
+    for command in ("ls", "stat", "verify"):
+        done = as_somebody(home, tmp_path, command, blocks)
+        refused(done, f"no permission to use {blocks / name}")
 
 
 def test_a_home_that_is_closed_or_missing_is_one_without_settings(

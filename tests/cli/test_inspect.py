@@ -48,7 +48,7 @@ def test_stat_sums_up(here: Callable[..., Done], blocks: Path) -> None:
     data = here("stat", blocks, "--json").data
     assert (data["blocks"], data["stored_bytes"]) == (8, 8 * BLOCK_BYTES)
     assert data["allocated_bytes"] <= 8 << 20
-    assert data["damaged_records"] == 0
+    assert (data["damaged_records"], data["cut_off_blocks"]) == (0, 0)
     assert {each["namespace"]["model"]: each["blocks"] for each in data["namespaces"]} == {
         "a model": 5,
         "another model": 3,
@@ -56,6 +56,7 @@ def test_stat_sums_up(here: Callable[..., Done], blocks: Path) -> None:
     plain = here("stat", blocks).stdout
     assert "8 blocks, 64 KiB of " in plain
     assert "5 blocks, 80 tokens, 40 KiB: a model, float32" in plain
+    assert "shorter" not in plain
 
 
 def test_the_directory_may_come_from_the_settings(
@@ -115,3 +116,23 @@ def test_verify_of_a_truncated_file(here: Callable[..., Done], blocks: Path) -> 
     done = here("verify", blocks, "--json")
     assert done.status == 1
     assert len({finding["key"] for finding in done.data["findings"]}) == 6
+    assert here("stat", blocks, "--json").data["cut_off_blocks"] == 6
+    plain = here("stat", blocks)
+    assert plain.status == 0
+    assert "shorter than its records say, by 6 blocks; `kvstore verify` says more\n" in plain.stdout
+
+
+def test_verify_shows_the_first_findings_and_counts_the_rest(
+    here: Callable[..., Done], tmp_path: Path
+) -> None:
+    path = tmp_path / "blocks"
+    with kvstore.open(ram_bytes="4 MiB", nvme_path=path, nvme_bytes="8 MiB") as store:
+        fill(store, 30)
+    (path / "slab").write_bytes(b"\xff" * (path / "slab").stat().st_size)
+    assert len(here("verify", path, "--json").data["findings"]) == 30
+    lines = here("verify", path).stdout.splitlines()
+    assert len(lines) == 22
+    assert lines[20:] == [
+        "and 10 more; --json has them all",
+        "30 blocks, 240 KiB read: problems: 30",
+    ]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.errors import DirectoryError, SettingsError
+from kvstore.machine import free_disk_bytes
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_directory import Sizes
 from tests.tiers.subjects import CAPACITY_BYTES, item, run
@@ -68,6 +69,37 @@ def test_somebody_elses_slab_is_not_touched(tmp_path: Path) -> None:
     assert (tmp_path / "slab").read_bytes() == b"precious"
 
 
+def test_a_folder_of_something_else_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "photo").write_bytes(b"precious")
+    with pytest.raises(
+        DirectoryError, match=rf"a new or empty folder, such as {tmp_path}/kvstore$"
+    ):
+        NvmeTier(tmp_path, CAPACITY_BYTES)
+    assert os.listdir(tmp_path) == ["photo"]
+    NvmeTier(tmp_path / "kvstore", CAPACITY_BYTES).close_now()
+
+
+@pytest.mark.parametrize("text", ["something else\n", "kvstore nvme format 2\n"])
+def test_a_format_that_is_refused_leaves_no_lock(text: str, tmp_path: Path) -> None:
+    (tmp_path / "format").write_text(text)
+    with pytest.raises(DirectoryError):
+        NvmeTier(tmp_path, CAPACITY_BYTES)
+    assert os.listdir(tmp_path) == ["format"]
+
+
+def test_a_fresh_file_system_and_a_beginning_that_was_killed_are_empty(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "lock").write_text("123\n")
+    (tmp_path / "format.new").write_text("kvst")
+    NvmeTier(tmp_path, CAPACITY_BYTES).close_now()
+
+
+def test_what_joins_a_directory_of_ours_is_no_reason_to_refuse_it(tmp_path: Path) -> None:
+    NvmeTier(tmp_path, CAPACITY_BYTES).close_now()
+    (tmp_path / "notes").write_text("")
+    NvmeTier(tmp_path, CAPACITY_BYTES).close_now()
+
+
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DirectoryError, match="cannot be used: File exists"):
@@ -75,10 +107,42 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
 
 
 def test_no_permission(tmp_path: Path) -> None:
-    """As a user who is not root: root may do anything."""
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o555)
-    for parent in (tmp_path, *tmp_path.parents[:2]):
+    assert f"DirectoryError: no permission to use {folder}" in opened_by_nobody(folder)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["slab", "records.mdb", "lock", "format"])
+def test_no_permission_on_one_of_its_files(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "blocks"
+    NvmeTier(folder, CAPACITY_BYTES).close_now()
+    open_to_all(folder)
+    assert opened_by_nobody(folder) == ""
+    before = (folder / name).read_bytes()
+    (folder / name).chmod(0)
+    assert f"DirectoryError: no permission to use {folder / name}" in opened_by_nobody(folder)
+    assert (folder / name).read_bytes() == before
+
+
+def test_no_permission_to_shrink_the_records(tmp_path: Path) -> None:
+    """Which needs a second file; every file that is there may be written."""
+    folder = tmp_path / "blocks"
+    NvmeTier(folder, 16 * CAPACITY_BYTES).close_now()
+    open_to_all(folder)
+    folder.chmod(0o555)
+    assert f"DirectoryError: no permission to use {folder}: mdb_" in opened_by_nobody(folder)
+
+
+def open_to_all(folder: Path) -> None:
+    folder.chmod(0o777)
+    for path in folder.iterdir():
+        path.chmod(0o666)
+
+
+def opened_by_nobody(folder: Path) -> str:
+    """What Python says when a user who is not root opens it: root may do anything."""
+    for parent in folder.parents[:3]:
         parent.chmod(0o755)
     drop = "import os\nif os.getuid() == 0: os.setgid(65534); os.setuid(65534)\n"
     child = subprocess.run(
@@ -87,8 +151,7 @@ def test_no_permission(tmp_path: Path) -> None:
         text=True,
         cwd=ROOT,
     )
-    assert f"DirectoryError: no permission to use {folder}" in child.stderr
-    assert not list(folder.iterdir())
+    return child.stderr
 
 
 @pytest.mark.parametrize("capacity_bytes", [0, 1, (1 << 20) - 1])
@@ -116,6 +179,26 @@ def test_a_driver_that_fails_to_open_leaves_nothing_open(tmp_path: Path) -> None
     for _ in range(3):
         with pytest.raises(SettingsError):
             NvmeTier(tmp_path, 1)
+
+
+@pytest.mark.parametrize("capacity_bytes", [20 << 20, 20_000_000, CAPACITY_BYTES])
+def test_a_directory_has_room_for_what_it_was_made_for(
+    capacity_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk as well, and whatever else lies there."""
+    path = tmp_path / "blocks"
+    NvmeTier(path, capacity_bytes).close_now()
+    (path / "foreign").write_bytes(bytes(1 << 20))
+    disk = os.statvfs(path)
+    full = os.statvfs_result((*disk[:4], 0, *disk[5:]))  # f_bavail
+    assert full.f_bavail == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("os.statvfs", lambda _: full)
+        assert capacity_bytes <= free_disk_bytes(path) < capacity_bytes + (128 << 10)
+        NvmeTier(path, capacity_bytes).close_now()
+        with pytest.raises(SettingsError, match="does not fit on the disk"):
+            NvmeTier(path, capacity_bytes + (128 << 10))
+        assert free_disk_bytes(tmp_path / "new") == 0
 
 
 @pytest.mark.parametrize("exponent", range(20, 50, 3))

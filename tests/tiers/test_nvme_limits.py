@@ -15,6 +15,7 @@ import pytest
 from kvstore.identity import Namespace
 from kvstore.tier import Miss, Refusal
 from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.nvme_records import Put, RecordFile
 from kvstore.tiers.nvme_verify import verify
 from tests.tiers.subjects import (
     CAPACITY_BYTES,
@@ -85,6 +86,33 @@ def test_a_medium_that_refuses_writes_still_serves(driver: str, tmp_path: Path) 
         tier = NvmeTier(tmp_path, CAPACITY_BYTES)
         assert [r.refusal for r in await tier.write([item(150)])] == [None]
         await tier.close()
+
+    run(body())
+
+
+def test_a_warm_directory_on_a_disk_where_no_file_may_be_written(tmp_path: Path) -> None:
+    """It opens, though a record must go and the process's id cannot be noted, and it serves."""
+
+    async def body() -> None:
+        tier = NvmeTier(tmp_path, CAPACITY_BYTES)
+        await tier.remember([MODEL])
+        await tier.write([item(n) for n in range(20)])
+        last = extent(tier, key(19))[0]
+        await tier.close()
+        path = tmp_path / "records.mdb"
+        records = RecordFile(path, path.stat().st_size)
+        records.put([Put(last, b"not a record any more")])
+        records.close()
+        with no_file_grows_beyond(0):
+            tier = NvmeTier(tmp_path, CAPACITY_BYTES)
+            assert tier.stats()["dropped_records"] == 1
+            for n in range(19):
+                assert (await get(tier, n))[1] == content(n, 8192)
+            results = await tier.write([item(n) for n in range(30, 33)])
+            assert {r.refusal for r in results} == {Refusal.READ_ONLY}
+            assert tier.stats()["refused_read_only"] == 3
+            assert tier.stats()["failures_records"] == 1
+            await tier.close()
 
     run(body())
 

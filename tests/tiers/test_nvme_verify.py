@@ -146,7 +146,10 @@ def test_a_directory_in_use(filled: Path) -> None:
 
 
 def test_no_directory_of_ours(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(DirectoryError, match="not a kvstore NVMe directory"):
+    for path, expected in (
+        (tmp_path, "not a kvstore NVMe directory"),
+        (tmp_path / "missing", "missing does not exist$"),
+    ):
+        with pytest.raises(DirectoryError, match=expected):
             read_directory(path)
     assert list(tmp_path.iterdir()) == []
