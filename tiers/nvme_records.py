@@ -190,6 +190,7 @@ class RecordFile:
         """Rewrite the file so that it takes no more than `map_bytes`."""
         self._env.copy(str(self._fresh), compact=True)
         self._env.close()
+        self._fresh.chmod(0o600)  # as the file that it replaces: LMDB leaves it to the umask
         self._fresh.rename(self.path)
         self._open(self.path, map_bytes)
         self._allocate(map_bytes)

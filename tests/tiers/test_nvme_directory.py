@@ -35,7 +35,10 @@ def test_in_use_by_this_process_or_another(tmp_path: Path) -> None:
     child = subprocess.run(
         [sys.executable, "-c", OPEN, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
     )
-    assert f"DirectoryError: {tmp_path} is in use by process {os.getpid()}" in child.stderr
+    assert child.stderr.endswith(
+        f"DirectoryError: {tmp_path} is in use by process {os.getpid()}; "
+        "give every process a directory of its own\n"
+    )
     tier.close_now()
     NvmeTier(tmp_path, CAPACITY_BYTES).close_now()
 
@@ -132,6 +135,15 @@ def test_no_permission_to_shrink_the_records(tmp_path: Path) -> None:
     open_to_all(folder)
     folder.chmod(0o555)
     assert f"DirectoryError: no permission to use {folder}: mdb_" in opened_by_nobody(folder)
+
+
+def test_records_that_were_shrunk_are_nobody_elses_to_read(tmp_path: Path) -> None:
+    NvmeTier(tmp_path, 16 * CAPACITY_BYTES).close_now()
+    before = (tmp_path / "records.mdb").stat()
+    NvmeTier(tmp_path, CAPACITY_BYTES).close_now()
+    after = (tmp_path / "records.mdb").stat()
+    assert after.st_size < before.st_size
+    assert after.st_mode == before.st_mode
 
 
 def open_to_all(folder: Path) -> None:
