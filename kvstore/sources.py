@@ -89,6 +89,11 @@ def from_toml(path: Path | None) -> Layer:
     try:
         with path.open("rb") as file:
             tables = tomllib.load(file)
+    except PermissionError as error:
+        raise SettingsError(
+            f"{path}: cannot be read: {error.strerror}; make it readable (chmod u+r), or name "
+            "another with --config or KVSTORE_CONFIG"
+        ) from None
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # of the parser, of UTF-8, of huge numbers

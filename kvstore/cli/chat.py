@@ -17,7 +17,7 @@ from kvstore.errors import InputError
 if TYPE_CHECKING:
     from kvstore.cli.conversation import Conversation
     from kvstore.engine.engine import Engine
-    from kvstore.engine.sampling import SamplingParams
+    from kvstore.engine.sampling_params import SamplingParams
     from kvstore.settings import Settings
 
 COMMANDS = "/exit leaves, /reset starts afresh, /history shows what was said, /help shows this"
@@ -46,18 +46,19 @@ def chat(name: str, system: str | None, sampling: dict[str, Any], settings: Sett
     """
     from kvstore.cli.console import note
     from kvstore.cli.conversation import Conversation
-    from kvstore.cli.running import limit_threads, running_engine, sampling_params
+    from kvstore.cli.running import running_engine, set_threads
+    from kvstore.engine.sampling_params import SamplingParams
 
-    limit_threads(settings)
-    params = sampling_params(**sampling)
+    set_threads(settings)
     conversation = Conversation.open(name)
+    if system is not None:
+        conversation.instruct(system)
+    params = SamplingParams(**sampling)
     model = settings.engine.model or conversation.model
     settings = settings.model_copy(
         update={"engine": settings.engine.model_copy(update={"model": model})}
     )
     conversation.model = model and _lasting(model)
-    if not conversation.messages and system is not None:
-        conversation.messages.append({"role": "system", "content": system})
     with running_engine(settings) as engine:
         note(f"{name}: {len(conversation.messages)} messages so far, saved in {conversation.path}")
         note(COMMANDS)
@@ -125,6 +126,7 @@ def _turn(engine: Engine, conversation: Conversation, line: str, params: Samplin
         if not sys.stdin.isatty():
             raise
         note(str(error))
-    if said:
-        conversation.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
-        conversation.save()
+    finally:
+        if said:
+            conversation.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
+            conversation.save()

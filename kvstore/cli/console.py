@@ -38,6 +38,11 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
+def tell(text: str) -> None:
+    """A line on stderr, whoever reads it: a program's log shows what it is busy with."""
+    err.print(Text(text, style="dim"), soft_wrap=True)
+
+
 def note(text: str) -> None:
     """A dim line on stderr, only for a person who is looking."""
     if err.is_terminal:

@@ -52,6 +52,17 @@ class Conversation:
             raise InputError(f"{path}: not a conversation; delete it, or choose another name")
         return cls(path, saved.get("model"), saved["messages"])
 
+    def instruct(self, system: str) -> None:
+        """Begin with what the model is told. Raises InputError where that was something else."""
+        told = {"role": "system", "content": system}
+        if not self.messages:
+            self.messages.append(told)
+        elif self.messages[0] != told:
+            raise InputError(
+                f"the conversation {self.path.stem!r} exists, and its --system cannot be changed: "
+                "leave that out, or choose another name"
+            )
+
     def save(self) -> None:
         """Replace the file in one step: a crash leaves the old one or the new one."""
         text = json.dumps(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvstore.cli.options import json_option
+from kvstore.cli.options import FLAGS, json_option
 from kvstore.quantities import format_time
 
 if TYPE_CHECKING:
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Show what it does, with a real model.")
 @click.option("--model", default="smollm2", show_default=True, metavar="MODEL", help="Who answers.")
+@click.option("--threads", metavar=FLAGS["engine.threads"][1], help=FLAGS["engine.threads"][2])
 @json_option
-def demo(model: str, as_json: bool) -> int:
+def demo(model: str, threads: str | None, as_json: bool) -> int:
     """Ask a model questions about a long document, cold and from every tier.
 
-    The document is kvstore's handbook, the model SmolLM2-135M (93 MB, fetched
+    The document is kvstore's handbook, the model SmolLM2-135M (98 MB, fetched
     once). Each question is asked with nothing known, then with the prompt's KV
     in HBM, in RAM after HBM was cleared, and on NVMe in a new process. Exits with
     status 1 unless every answer is the same, token for token, and the tokens
@@ -32,16 +33,19 @@ def demo(model: str, as_json: bool) -> int:
     kvstore demo
     kvstore demo --json > demo.json
     """
-    from kvstore.cli.console import note, print_json
+    from kvstore import sources
+    from kvstore.cli.console import print_json, tell
     from kvstore.cli.demo_runs import PLACES, run_all
-    from kvstore.cli.running import model_path
+    from kvstore.cli.running import model_path, set_threads
 
+    given = {} if threads is None else {"engine.threads": sources.Given(threads, "--threads")}
+    set_threads(sources.load(given))
     path = model_path(model)
     with tempfile.TemporaryDirectory(prefix="kvstore-demo-") as folder:
         runs = run_all(
             path,
             Path(folder) / "blocks",
-            lambda place, question: note(f"{question} ({PLACES[place]})"),
+            lambda place, question: tell(f"{question} ({PLACES[place]})"),
         )
     report = summarise(runs)
     if as_json:
@@ -62,6 +66,7 @@ def summarise(runs: list[Run]) -> dict[str, Any]:
             "question": run.question,
             "place": run.place,
             "answer": run.text,
+            "finish_reason": run.finish_reason,
             "token_ids": run.token_ids,
             "ttft_s": run.ttft_s,
             "prompt_tokens": run.prompt_tokens,
@@ -93,7 +98,8 @@ def print_report(report: dict[str, Any]) -> None:
     for number, question in enumerate(questions, start=1):
         rows = [row for row in report["runs"] if row["question"] == question]
         out.print(f"{number}. {question}", style="bold", highlight=False)
-        out.print(rows[0]["answer"], markup=False, highlight=False)
+        cut = " ..." if rows[0]["finish_reason"] == "length" else ""
+        out.print(rows[0]["answer"] + cut, markup=False, highlight=False)
         for row in rows:
             table.add_row(
                 str(number) if row is rows[0] else "",

@@ -51,6 +51,7 @@ class Run:
     question: str
     place: str
     text: str
+    finish_reason: str
     token_ids: list[int]
     ttft_s: float
     prompt_tokens: int
@@ -70,6 +71,7 @@ class Run:
             question,
             place,
             output.text.strip(),
+            output.finish_reason,
             list(output.token_ids),
             usage.ttft_s,
             usage.prompt_tokens,

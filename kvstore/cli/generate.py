@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import os
+import stat
+import struct
 import sys
+import termios
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +58,12 @@ def generate(
     git log | kvstore generate --model ./model.gguf --json
     """
     from kvstore.cli.console import note, print_json, show
-    from kvstore.cli.running import answer, limit_threads, running_engine, sampling_params, summary
+    from kvstore.cli.running import answer, running_engine, set_threads, summary
+    from kvstore.engine.sampling_params import SamplingParams
 
     text = _prompt_text(prompt, file)
-    limit_threads(settings)
-    params = sampling_params(n=n, **sampling)
+    set_threads(settings)
+    params = SamplingParams(n=n, **sampling)
     streaming = n == 1 and not as_json
     with running_engine(settings) as engine:
         asked: Prompt = [{"role": "user", "content": text}] if as_chat else text
@@ -81,8 +87,10 @@ def _prompt_text(prompt: str | None, file: Path | None) -> str:
             parts.append(file.read_text(encoding="utf-8"))
         if prompt == "-" or (prompt is None and file is None):
             parts.append(sys.stdin.buffer.read().decode())
-        elif prompt is not None:
-            parts.append(prompt)
+        else:
+            if prompt is not None:
+                parts.append(prompt)
+            _refuse_piped_text()
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -91,3 +99,19 @@ def _prompt_text(prompt: str | None, file: Path | None) -> str:
     if not text.strip():
         raise InputError("there is no prompt: give one, or send text to stdin")
     return text
+
+
+def _refuse_piped_text() -> None:
+    """Raises InputError for text that someone sent and that would not be read.
+
+    Does not wait for any. Of a file on stdin it says nothing: a shell's loop over
+    the file's lines has it there.
+    """
+    if sys.stdin is None or not stat.S_ISFIFO(os.fstat(0).st_mode):
+        return
+    (waiting,) = struct.unpack("i", fcntl.ioctl(0, termios.FIONREAD, bytes(4)))
+    if waiting:
+        raise InputError(
+            "there is text on stdin besides the prompt: to put it before the prompt give "
+            "--file /dev/stdin, to leave it unread < /dev/null"
+        )

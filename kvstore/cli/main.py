@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import NoReturn
 
 import click
@@ -16,14 +18,17 @@ from kvstore.cli.demo import demo
 from kvstore.cli.generate import generate
 from kvstore.cli.inspect import ls, stat, verify
 from kvstore.cli.settings import settings
+from kvstore.cli.stdout import Stdout
 from kvstore.errors import InputError, KVStoreError
 
 BAD_INPUT, FAILED, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit status: 0 done, 1 failed or found something wrong, 2 bad input, 130 interrupted.",
+    epilog="Exit status: 0 done, 1 failed or found something wrong, 2 bad input, 130 interrupted, "
+    "143 or 129 ended by SIGTERM or SIGHUP.",
 )
 @click.version_option(__version__, prog_name="kvstore")
 def cli() -> None:
@@ -44,16 +49,26 @@ for command in (generate, chat, demo, ls, stat, verify, settings):
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end the process. Errors are one line on stderr, never a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # As stderr has it: what the terminal's encoding lacks is shown as an escape.
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout = Stdout.over(sys.stdout)
+    for number in ENDINGS:
+        if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` has it ignored
+            signal.signal(number, _end)
     sys.exit(run(args))
 
 
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    """Leave as after Ctrl-C: whatever is open is closed, and queued writes reach the drive."""
+    for each in ENDINGS:  # a terminal that closes says so twice; that must not cut the closing
+        signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
 def run(args: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command, or `--help` without any; returns the exit status."""
+    given = list(sys.argv[1:] if args is None else args)
     try:
         # Not `cli.main`: it has ways of its own with a closed pipe and with Ctrl-C.
-        with cli.make_context("kvstore", list(sys.argv[1:] if args is None else args)) as context:
+        with cli.make_context("kvstore", given or ["--help"]) as context:
             status = cli.invoke(context)
         sys.stdout.flush()
         return status or 0

