@@ -42,7 +42,7 @@ def cache_home() -> Path:
 
 
 def fetch_demo_model(cache_dir: Path | None = None) -> Path:
-    """The path of SmolLM2's GGUF file (98 MB); downloads 93 MB the first time."""
+    """The path of SmolLM2's GGUF file (98 MB), which is downloaded the first time."""
     return fetch(SMOLLM2, cache_dir or cache_home() / "models")
 
 

@@ -27,7 +27,7 @@ def tiny(tiny_path: Path) -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    """SmolLM2-135M-Instruct as a GGUF file; downloaded (93 MB) the first time on a machine."""
+    """SmolLM2-135M-Instruct as a GGUF file; downloaded (98 MB) the first time on a machine."""
     return fetch_demo_model()
 
 
