@@ -36,7 +36,7 @@ def get(store: BlockStore, chain: Chain, target: Blocks) -> None:
     done = 0
     with store.acquire(chain) as lease:
         while (ready := lease.wait(done + 1)) > done:
-            blocks.copy(target[done:ready], lease.views[done:])
+            blocks.copy(target[done:ready], lease.views[done:ready])
             done = ready
         if done != len(chain):
             raise RuntimeError(f"only {done} of {len(chain)} blocks served: {lease.miss}")

@@ -34,7 +34,7 @@ class Bounds:
 
     demotion_queue_blocks: int = 4096  # beyond: the block stays in RAM only, until close
     promotion_queue_bytes: int = 1024 * MiB  # beyond: an acquire is shortened, a prefetch refused
-    transfer_bytes: int = 32 * MiB  # one read or write of a tier; larger ones are cut up
+    transfer_bytes: int = 64 * MiB  # one read or write of a tier; larger ones are cut up
     transfers_in_flight: int = 3  # reads of a tier at once, and writes; more wait their turn
     transfer_deadline_s: float = 10.0  # of one; beyond: the tier is left alone until it answers
     deadline_s: float = 5.0  # of an acquire that names none; beyond: a counted miss

@@ -110,7 +110,7 @@ class StoreSettings(_Group):
         description="Blocks being read from NVMe; beyond, leases get shorter, prefetches refused.",
     )
     transfer_bytes: Size = Field(
-        default=32 * MiB,
+        default=64 * MiB,
         ge=64 * KiB,
         le=GiB,
         description="One read or write of a tier: large ones are fast, small ones let others pass.",
