@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "'$(PYTHON)' cannot make virtual environments. On Debian: apt-get install python3-venv" >&2; exit 1; }
 	@echo "Building .venv (once; torch makes it a few minutes on a slow line)"
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine,daemon,events,dev]'
 	@touch $@
 
 demo: $(STAMP) ## a real model answers from a cold and a warm cache

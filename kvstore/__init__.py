@@ -10,14 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvstore.compose import open
+    from kvstore.client.client import StoreClient
+    from kvstore.compose import connect, open
     from kvstore.engine.engine import Engine
     from kvstore.hashing import Chain, TokenChain
     from kvstore.identity import Namespace
     from kvstore.retention import Retention
     from kvstore.store import BlockStore
+    from kvstore.version import __version__ as __version__
 
-__version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _MODULE_OF = {
@@ -26,7 +27,10 @@ _MODULE_OF = {
     "Engine": "kvstore.engine.engine",
     "Namespace": "kvstore.identity",
     "Retention": "kvstore.retention",
+    "StoreClient": "kvstore.client.client",
     "TokenChain": "kvstore.hashing",
+    "__version__": "kvstore.version",
+    "connect": "kvstore.compose",
     "open": "kvstore.compose",
 }
 
@@ -36,7 +40,9 @@ __all__ = [
     "Engine",
     "Namespace",
     "Retention",
+    "StoreClient",
     "TokenChain",
+    "connect",
     "errors",
     "open",
 ]

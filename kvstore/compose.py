@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvstore.client.address import parse
+from kvstore.client.client import StoreClient
 from kvstore.hub import Bounds
 from kvstore.settings import Settings
 from kvstore.sources import override
@@ -34,6 +36,16 @@ def open(settings: Settings | None = None, /, **overrides: Any) -> BlockStore:
         if nvme is not None:
             nvme.close_now()
         raise
+
+
+def connect(url: str) -> StoreClient:
+    """The store of a daemon, `unix:///path/to/socket`: the same verbs as that of `open`.
+
+    A daemon that is away is no error: everything is a miss until it is back. The caller
+    closes the client (it is a context manager). Raises SettingsError for an address that
+    makes no sense, RightsError and WireError where a daemon is there but refuses.
+    """
+    return StoreClient(parse(url))
 
 
 def _open_nvme(settings: Settings) -> NvmeTier | None:

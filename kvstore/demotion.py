@@ -103,6 +103,14 @@ class Demotions:
         self._errands.hide_locked([key for row in writing if (key := index.keys[row]) is not None])
         self._unpin_locked(waiting + [row for row in writing if index.pins.item(row) == 1])
 
+    def drop_queue_locked(self) -> int:
+        """What waits is not written, and no longer pinned; returns how many blocks that are."""
+        rows = list(self._queue)
+        self._queue.clear()
+        self._hub.counters["demotions_dropped_blocks"] += len(rows)
+        self._unpin_locked(rows)
+        return len(rows)
+
     def is_writing_locked(self, row: int) -> bool:
         """Whether the tier may still be reading the slot."""
         return row in self._in_flight

@@ -58,3 +58,15 @@ class CodecError(TierError):
 
 class FrameError(TierError):
     """A record or a frame is truncated, damaged, or of a format that this version does not know."""
+
+
+class WireError(KVStoreError):
+    """What came over a connection is no message of the protocol, or breaks a bound of it."""
+
+
+class RightsError(InputError):
+    """The token given is unknown, or its tenant may not do this."""
+
+
+class ConnectionLostError(KVStoreError):
+    """The daemon cannot be reached, does not answer, or has gone."""

@@ -10,6 +10,9 @@ from collections.abc import Generator
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvstore.answers import RAM
 from kvstore.errors import ClosedError
 from kvstore.hashing import Chain, Key
@@ -154,6 +157,14 @@ class Lease:
         if len(views) < ready:
             views = self._views = views + self._hub.readables(self._rows[len(views) : ready])
         return views[:ready]
+
+    def offsets(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Where in the arena blocks `[start, stop)` begin, all of which are ready."""
+        return self._hub.slots.index.offset[self._rows[start:stop]]
+
+    def left_s(self) -> float:
+        """Until the deadline; negative after it."""
+        return self._deadline_s - self._hub.clock.monotonic_s()
 
     def release(self) -> None:
         """Give the pins back and count what was served. May be called twice."""

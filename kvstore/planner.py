@@ -27,6 +27,15 @@ class LinearCost:
         self._xx = self._xy = self._yy = self._xs = self._ys = 0.0
         self.observations = 0
 
+    @classmethod
+    def of(cls, a: float, b: float, observations: int) -> LinearCost:
+        """One that was measured elsewhere."""
+        cost = cls()
+        cost._xx = cost._yy = 1.0
+        cost._xs, cost._ys = a, b
+        cost.observations = observations
+        return cost
+
     def observe(self, x: float, y: float, seconds: float) -> None:
         self._xx = self._xx * DECAY + x * x
         self._xy = self._xy * DECAY + x * y

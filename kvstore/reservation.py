@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.errors import ClosedError
 from kvstore.hashing import Chain
@@ -56,6 +57,20 @@ class Reservation:
         """
         self._check_open()
         return self._hub.writables(self._rows)
+
+    def offsets(self) -> NDArray[np.int64]:
+        """Where in the arena each slot begins: for a process that has it mapped."""
+        self._check_open()
+        return self._hub.slots.index.offset[self._rows]
+
+    @property
+    def is_populated(self) -> bool:
+        """Whether all slots are memory already, so that `populate` would do nothing."""
+        return self._hub.ram.arena.is_populated(self._stop())
+
+    def populate(self) -> None:
+        """See to it that the slots are memory, for one who writes to `offsets`. Blocks for ms."""
+        self._hub.ram.populate(self._stop())
 
     def commit(self) -> int:
         """Make the blocks visible; returns how many this writer was the first to commit.
@@ -109,6 +124,10 @@ class Reservation:
             lost.__dict__.update(self.__dict__)
             self._open = False
             self._hub.orphans.append(lost.abort)
+
+    def _stop(self) -> int:
+        index = self._hub.slots.index
+        return int((index.offset[self._rows] + index.nbytes[self._rows]).max(initial=0))
 
     def _check_open(self) -> None:
         self._hub.check_open()

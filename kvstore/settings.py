@@ -153,6 +153,12 @@ class StoreSettings(_Group):
 
 
 class EngineSettings(_Group):
+    store: str | None = Field(
+        default=None,
+        max_length=4096,
+        description="Daemon whose cache to use, such as unix:///run/kvstore/kvstore.sock; a store "
+        "of its own when not set.",
+    )
     model: str | None = Field(
         default=None, description="A Hugging Face folder, a .gguf file, or the word `smollm2`."
     )
@@ -197,6 +203,36 @@ class TenantSettings(_Group):
     )
 
 
+class DaemonSettings(_Group):
+    socket: Folder | None = Field(
+        default=None,
+        description="Unix socket of `kvstore daemon`; in $XDG_RUNTIME_DIR/kvstore when not set.",
+    )
+    http: str | None = Field(
+        default=None,
+        max_length=256,
+        description="Host and port for metrics, health and the live page, such as 127.0.0.1:7421.",
+    )
+    client_bytes: Size = Field(
+        default=4 * GiB,
+        ge=MiB,
+        le=64 * TiB,
+        description="What one client may have leased and reserved; beyond, it gets less.",
+    )
+    connections: Whole = Field(
+        default=256, ge=1, le=65536, description="Clients at once, over all doors; others refused."
+    )
+    shutdown_s: Duration = Field(
+        default=30.0,
+        ge=0,
+        le=3600,
+        description="How long the daemon writes to NVMe after SIGTERM; the rest is dropped.",
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Of the log on stderr: for people, or one JSON object a line."
+    )
+
+
 class Settings(_Group):
     """All settings. Build it with `kvstore.sources.load`, or plain: `Settings()`."""
 
@@ -205,6 +241,7 @@ class Settings(_Group):
     store: StoreSettings = StoreSettings()
     engine: EngineSettings = EngineSettings()
     tenant: TenantSettings = TenantSettings()
+    daemon: DaemonSettings = DaemonSettings()
 
 
 class Spec(NamedTuple):
@@ -259,7 +296,7 @@ def _accepts(name: str, field: Any) -> str:
     low = next((bound.ge for bound in field.metadata if isinstance(bound, Ge)), None)
     high = next((bound.le for bound in field.metadata if isinstance(bound, Le)), None)
     if low is None:
-        return "a path" if name == "path" else "a text"
+        return "a path" if "Path" in str(field.annotation) else "a text"
     bounds = f"from {render(name, low)} to {render(name, high)}"
     if name.endswith("_bytes"):
         return f'a size {bounds}, such as "500MB" or "1 GiB"'

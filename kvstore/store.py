@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -14,6 +12,7 @@ from kvstore.answers import NVME, Explanation, Probe, Stats
 from kvstore.background import BackgroundLoop
 from kvstore.below import Below
 from kvstore.clock import Clock, SystemClock
+from kvstore.ending import Ending
 from kvstore.hashing import Chain, Key
 from kvstore.hub import Bounds, Hub
 from kvstore.lease import PENDING, Fill, Lease
@@ -22,7 +21,7 @@ from kvstore.planner import LinearCost
 from kvstore.policy import Rows
 from kvstore.reservation import Reservation
 from kvstore.retention import DEFAULT_PRIORITY, Retained, Retention
-from kvstore.tier import HubTier, LocalTier, Miss
+from kvstore.tier import HubTier, LocalTier, Miss, SharedArena
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +47,7 @@ class BlockStore:
         self._loop = BackgroundLoop("kvstore-background")
         self._below = Below(self._hub, nvme, self._loop) if nvme is not None else None
         self._lookup = Lookup(self._hub, self._below)
+        self._ending = Ending(self._hub, self._below, self._loop)
 
     # ---- asking
 
@@ -95,6 +95,26 @@ class BlockStore:
     def load_costs(self) -> Mapping[str, LinearCost]:
         """Measured cost of reading from each lower tier, by name, for a planner."""
         return self._hub.costs
+
+    @property
+    def arena(self) -> SharedArena:
+        """The memory behind all views, for a daemon to share with its clients."""
+        return self._hub.ram.arena
+
+    def subscribe(self, wake: Callable[[], None]) -> Callable[[], None]:
+        """Have `wake` called whenever a block has arrived or was written; the result undoes it.
+
+        From any thread, with the store's lock held: it may not use the store.
+        """
+        hub = self._hub
+        with hub.lock:
+            hub.listeners.add(wake)
+
+        def unsubscribe() -> None:
+            with hub.lock:
+                hub.listeners.discard(wake)
+
+        return unsubscribe
 
     def queued_bytes(self) -> dict[str, int]:
         """Bytes that each lower tier has still to read for those who asked before."""
@@ -229,13 +249,13 @@ class BlockStore:
         """Wait until NVMe has all that RAM holds, as far as it takes it; False on timeout."""
         with self._hub.lock:
             self._hub.check_open()
-        return self._flush(timeout_s)
+        return self._ending.flush(timeout_s)
 
-    def close(self) -> None:
+    def close(self, timeout_s: float | None = None) -> None:
         """Write behind all that was committed, then give everything back. May be called twice.
 
-        A tier that does not answer is not waited for: what it holds is given
-        back when it does, if ever.
+        What is not written after `timeout_s` is dropped. A tier that does not answer is
+        not waited for: what it holds is given back when it does, if ever.
         """
         hub = self._hub
         hub.settle_orphans()
@@ -243,10 +263,7 @@ class BlockStore:
             if hub.closed:
                 return
             hub.closed = True
-        try:
-            self._flush(None)
-        finally:
-            self._give_back()
+        self._ending.close(timeout_s)
 
     def __enter__(self) -> BlockStore:
         return self
@@ -264,47 +281,6 @@ class BlockStore:
                 self._below.demotions.check_invariants_locked()
 
     # ---- inside
-
-    def _give_back(self) -> None:
-        ended, below = self._loop.spawn(self._end()), self._below
-        if below is not None and below.transfers.unanswered:
-            log.warning("closed without an answer from %s to earlier calls", below.tier.name)
-            ended.add_done_callback(lambda _: self._loop.stop())
-            return
-        try:
-            ended.result()
-        finally:
-            self._loop.stop()
-
-    async def _end(self) -> None:
-        """Close the tiers once they are done with each other's memory."""
-        async with contextlib.AsyncExitStack() as ending:
-            ending.push_async_callback(self._hub.ram.close)
-            ending.callback(self._hub.release_views)
-            if self._below is not None:
-                ending.push_async_callback(self._below.tier.close)
-                await self._below.transfers.settled()
-
-    def _flush(self, timeout_s: float | None) -> bool:
-        hub, below = self._hub, self._below
-        if below is None:
-            return True
-        until_s = None if timeout_s is None else hub.clock.monotonic_s() + timeout_s
-        with hub.lock:
-            keys = list(hub.slots.index.rows_by_key)
-        waiting = [key for key, there in zip(keys, below.tier.peek(keys), strict=True) if not there]
-        with hub.lock:
-            while True:
-                while waiting and (room := below.demotions.room_locked()):
-                    rows = hub.slots.find(waiting[:room])
-                    below.demotions.offer_locked([row for row in rows if row is not None])
-                    del waiting[:room]
-                if not waiting and below.idle:
-                    return True
-                left_s = None if until_s is None else until_s - hub.clock.monotonic_s()
-                if left_s is not None and left_s <= 0:
-                    return False
-                hub.changed.wait(None if left_s is None else min(left_s, threading.TIMEOUT_MAX))
 
     def _promote_locked(
         self, chain: Chain, found: list[int | None], miss: Miss | None, expires_s: float

@@ -117,6 +117,20 @@ class Tier(Protocol):
     async def close(self) -> None: ...
 
 
+class SharedArena(Protocol):
+    """The memory of the RAM tier, for other processes to map."""
+
+    @property
+    def fd(self) -> int: ...
+
+    @property
+    def buffer(self) -> memoryview: ...
+
+    def is_populated(self, stop: int) -> bool: ...
+
+    def populate(self, stop: int) -> None: ...
+
+
 class HubTier(Tier, Protocol):
     """The RAM tier as the store uses it: every transfer has one of its slots at one end.
 
@@ -132,6 +146,9 @@ class HubTier(Tier, Protocol):
 
     @property
     def lock(self) -> threading.Lock: ...
+
+    @property
+    def arena(self) -> SharedArena: ...
 
     def populate(self, stop: int) -> None:
         """Bytes `[0, stop)` of `buffer` are about to be written. May be called from any thread."""

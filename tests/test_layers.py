@@ -26,6 +26,7 @@ PACKAGES: dict[str, str] = {
     **dict.fromkeys(("numpy", "xxhash", "zstandard"), "any layer"),
     "annotated_types": "settings",
     "click": "cli",
+    "msgspec": "wire",
     "cupy": "kernels connectors",
     "gguf": "engine",
     "jinja2": "engine",
@@ -49,31 +50,38 @@ class Layer(NamedTuple):
 
 # From the bottom up. A layer may import itself and the layers named, all of them below it.
 LAYERS = {
-    "errors": Layer("errors", pure=True),
+    "errors": Layer("errors version", pure=True),
     "pure": Layer(
         "identity hashing layout allocator index policy retention planner codec slots "
-        "quantities answers breaker admission eviction expiry rowheap",
+        "quantities answers breaker admission eviction expiry rowheap tenant",
         "errors",
         pure=True,
     ),
     "clock": Layer("clock"),
     "tier": Layer("tier frame", "errors pure"),
-    "machine": Layer("machine"),
+    "verbs": Layer("verbs", "errors pure tier"),
+    "wire": Layer("wire", "errors pure"),
+    "machine": Layer("machine mapping"),
     "settings": Layer("settings sources", "errors pure machine"),
     "kernels": Layer("kernels", "errors pure"),
     "tiers": Layer("tiers", "errors pure clock tier machine"),
     "hbm": Layer("tiers.hbm", "errors pure kernels tiers"),
     "store": Layer(
-        "store below hub lease reservation promotion demotion background transfer errands lookup",
+        "store below hub lease reservation promotion demotion background transfer errands lookup "
+        "ending",
         "errors pure clock tier",
     ),
-    "engine": Layer("engine", "errors pure clock tier kernels tiers hbm store"),
-    "compose": Layer("compose", "errors pure clock tier settings tiers store"),
-    "public": Layer("__init__", "errors pure store engine compose"),
+    "client": Layer("client", "errors pure clock tier verbs wire machine"),
+    "engine": Layer("engine", "errors pure clock tier verbs kernels tiers hbm"),
+    "compose": Layer("compose", "errors pure clock tier settings tiers store client"),
+    "public": Layer("__init__", "errors pure store client engine compose"),
+    "daemon": Layer("daemon", "errors pure clock tier verbs wire machine settings store compose"),
     "cli": Layer(
-        "cli __main__", "errors pure clock tier machine settings tiers store engine compose public"
+        "cli __main__",
+        "errors pure clock tier verbs machine settings tiers store client engine compose daemon "
+        "public",
     ),
-    "connectors": Layer("connectors", "errors pure tier kernels store public"),
+    "connectors": Layer("connectors", "errors pure tier verbs kernels store client public"),
 }
 
 

@@ -8,19 +8,17 @@ them whatever the settings say.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
+import fcntl
 import os
 
+from kvstore.mapping import HUGE_PAGE_BYTES, map_shared
 from kvstore.tiers.driver import address
 
-HUGE_PAGE_BYTES = 2 << 20
 # Made huge in one go: a millisecond, where the memory has been used before.
 STEP_BYTES = 16 << 20
 
 _MADV_COLLAPSE = 25
-_TRIES = 3
 
 # mmap.madvise would hold the GIL.
 _madvise = ctypes.CDLL(None, use_errno=True).madvise
@@ -28,24 +26,30 @@ _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Arena:
-    """`length` bytes that no other process sees, gone with the last one that has them.
+    """`length` bytes of shared memory, gone with the last process that has them.
 
     Memory is taken only where `populate` has been; beyond, page by page as it is
-    first touched. `buffer` is all of it, and the arena's.
+    first touched. `buffer` is all of it, and the arena's. Another process that is sent
+    the descriptor `fd`, which is the arena's, can map it as well (`map_shared`).
     """
 
     def __init__(self, length: int) -> None:
         """Raises OSError when the memory is refused."""
-        fd = os.memfd_create("kvstore-ram", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("kvstore-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(fd, length + HUGE_PAGE_BYTES)
-            self._map = _map_congruent(fd, length)
-        finally:
-            os.close(fd)  # mmap keeps a descriptor of its own
-        self.buffer = memoryview(self._map)
-        start = address(self.buffer)
-        self._populated = -start % HUGE_PAGE_BYTES  # up to here, from the first boundary on
-        self._start = start
+            os.ftruncate(self.fd, -(-length // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES)
+            # Who has the descriptor can write to the memory, but not take it away under us.
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self.buffer = map_shared(self.fd, length)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._start = address(self.buffer)
+        self._populated = 0  # up to here
+
+    def is_populated(self, stop: int) -> bool:
+        """Whether `populate` would have nothing to do."""
+        return self._populated >= stop
 
     def populate(self, stop: int) -> None:
         """See to it that `[0, stop)` is memory, before someone writes to it. Any thread may."""
@@ -62,23 +66,4 @@ class Arena:
     def close(self) -> None:
         """Unmap. With views of it still held it goes when the last of them does."""
         self.buffer.release()
-        with contextlib.suppress(BufferError):
-            self._map.close()
-        del self._map
-
-
-def _map_congruent(fd: int, length: int) -> mmap.mmap:
-    """Map `length` bytes of a file that is a huge page longer, so that huge pages fit.
-
-    They do where address and offset in the file agree modulo their size. The address is
-    the kernel's choice; it is the same again when the same length is mapped into the hole
-    that was just left, unless another thread was faster.
-    """
-    mapped = mmap.mmap(fd, length)
-    for _ in range(_TRIES):
-        offset = address(memoryview(mapped)) % HUGE_PAGE_BYTES
-        mapped.close()
-        mapped = mmap.mmap(fd, length, offset=offset)
-        if address(memoryview(mapped)) % HUGE_PAGE_BYTES == offset:
-            break
-    return mapped
+        os.close(self.fd)

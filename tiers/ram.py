@@ -44,9 +44,9 @@ class RamTier:
         self.lock = threading.Lock()
         self._records: dict[Key, Record] = {}  # of blocks written through `write`
         self._closed = False
-        self._arena = Arena(self.slots.space.capacity_bytes)
-        self.buffer = self._arena.buffer
-        self.populate = self._arena.populate
+        self.arena = Arena(self.slots.space.capacity_bytes)
+        self.buffer = self.arena.buffer
+        self.populate = self.arena.populate
 
     @property
     def name(self) -> str:
@@ -87,7 +87,7 @@ class RamTier:
             if self._closed:
                 return
             self._closed = True
-            self._arena.close()
+            self.arena.close()
 
     def check_invariants(self) -> None:
         """Raises InvariantError where the slots contradict themselves."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvstore.cli.options import FLAGS, json_option, settings_options
+from kvstore.cli.options import ENGINE_FLAGS, json_option, settings_options
 from kvstore.cli.sampling import sampling_options
 from kvstore.errors import InputError
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--chat", "as_chat", is_flag=True, help="Put it to the model as a user's message.")
 @click.option("-n", type=int, default=1, metavar="N", help="So many answers.")
 @sampling_options
-@settings_options(*FLAGS)
+@settings_options(*ENGINE_FLAGS)
 @json_option
 def generate(
     prompt: str | None,

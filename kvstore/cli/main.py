@@ -14,6 +14,7 @@ import click
 
 from kvstore import __version__
 from kvstore.cli.chat import chat
+from kvstore.cli.daemon import daemon
 from kvstore.cli.demo import demo
 from kvstore.cli.generate import generate
 from kvstore.cli.inspect import ls, stat, verify
@@ -42,7 +43,7 @@ def cli() -> None:
     """
 
 
-for command in (generate, chat, demo, ls, stat, verify, settings):
+for command in (generate, chat, demo, daemon, ls, stat, verify, settings):
     cli.add_command(command)
 
 

@@ -14,12 +14,18 @@ FLAGS = {
     "ram.capacity_bytes": ("--ram-bytes", "SIZE", "Size of the RAM tier."),
     "nvme.path": ("--nvme-path", "DIR", "Keep blocks in this directory as well."),
     "nvme.capacity_bytes": ("--nvme-bytes", "SIZE", "Space for blocks in that directory."),
+    "engine.store": ("--store", "URL", "Use the cache of a daemon, such as unix:///path."),
     "engine.model": ("--model", "MODEL", "A Hugging Face folder, a .gguf file, or `smollm2`."),
     "engine.dtype": ("--dtype", "TYPE", "float32, bfloat16, float16, or auto."),
     "engine.hbm_bytes": ("--hbm-bytes", "SIZE", "KV that the engine keeps on its device."),
     "engine.block_tokens": ("--block-tokens", "N", "Tokens in a block."),
     "engine.threads": ("--threads", "N", "CPU threads of the engine."),
+    "daemon.socket": ("--socket", "PATH", "Unix socket for engines of this machine."),
+    "daemon.http": ("--http", "HOST:PORT", "Metrics, health and a live page."),
+    "daemon.log_format": ("--log-format", "FORMAT", "text, or json: one object a line."),
 }
+
+ENGINE_FLAGS = tuple(key for key in FLAGS if not key.startswith("daemon."))
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else there."

@@ -75,14 +75,15 @@ def running_engine(settings: Settings) -> Iterator[Engine]:
 
     Raises InputError for what a person can mend.
     """
-    _check_both_fit(settings)
-    path = model_path(settings.engine.model)
+    asked = settings.engine
+    if asked.store is None:
+        _check_both_fit(settings)
+    path = model_path(asked.model)
     with engine_extra():
         from kvstore.engine.engine import Engine
     from kvstore import compose
 
-    asked = settings.engine
-    with compose.open(settings) as store:
+    with compose.open(settings) if asked.store is None else compose.connect(asked.store) as store:
         with progress(f"Loading {path.name}") as report:
             engine = Engine.from_pretrained(
                 path,

@@ -27,14 +27,23 @@ def settings(settings: Settings, as_json: bool) -> None:
     kvstore settings > kvstore.toml
     KVSTORE_NVME__CODEC=zstd kvstore settings --json
     """
-    from kvstore.cli.console import print_json, show
+    if not as_json:
+        show_settings(settings)
+        return
+    from kvstore.cli.console import print_json
+
+    values = settings.model_dump(mode="json")
+    values["tenant"]["salt"] = None
+    print_json(values)
+
+
+def show_settings(settings: Settings) -> None:
+    """As a TOML file on stdout. A tenant's salt is not shown."""
+    from kvstore.cli.console import show
     from kvstore.settings import specs
 
     values = settings.model_dump(mode="json")
     values["tenant"]["salt"] = None
-    if as_json:
-        print_json(values)
-        return
     lines = []
     above = None
     for spec in specs():

@@ -21,8 +21,8 @@ from kvstore.engine.sequence import TokenSequence
 from kvstore.errors import ClosedError, RequestError, SettingsError
 from kvstore.identity import Namespace, salt_digest
 from kvstore.quantities import parse_size
-from kvstore.store import BlockStore
 from kvstore.tiers.hbm import TORCH_DTYPE, HbmTier
+from kvstore.verbs import Store
 
 
 class Engine:
@@ -37,7 +37,7 @@ class Engine:
         self,
         model: LoadedModel,
         *,
-        store: BlockStore | None = None,
+        store: Store | None = None,
         hbm_bytes: int | str = "512 MiB",
         block_tokens: int = 16,
         max_batch: int = 8,
@@ -76,7 +76,7 @@ class Engine:
         cls,
         path: str | Path,
         *,
-        store: BlockStore | None = None,
+        store: Store | None = None,
         dtype: str = "auto",
         device: str = "cpu",
         hbm_bytes: int | str = "512 MiB",

@@ -19,8 +19,8 @@ from kvstore.engine.scheduler import Piece, Scheduler
 from kvstore.engine.sequence import Phase, TokenSequence
 from kvstore.errors import InvariantError
 from kvstore.planner import LinearCost
-from kvstore.store import BlockStore
 from kvstore.tiers.hbm import HbmTier
+from kvstore.verbs import Store
 
 # Waiting sequences whose blocks the store is told to bring into RAM.
 LOOKAHEAD_SEQUENCES = 8
@@ -33,7 +33,7 @@ class Loop:
         self,
         decoder: Decoder,
         hbm: HbmTier,
-        store: BlockStore | None,
+        store: Store | None,
         *,
         max_batch: int,
         chunk_tokens: int,

@@ -18,10 +18,9 @@ from typing import cast
 
 from kvstore.engine.scheduler import Scheduler
 from kvstore.engine.sequence import Phase, Source, TokenSequence
-from kvstore.lease import Lease
 from kvstore.planner import LinearCost, plan_load
-from kvstore.store import BlockStore
 from kvstore.tiers.hbm import HbmTier
+from kvstore.verbs import Lease, Store
 
 # What is copied in at most between two steps while others decode: a few milliseconds.
 STEP_COPY_BYTES = 32 << 20
@@ -53,7 +52,7 @@ class Offload:
     """
 
     def __init__(
-        self, store: BlockStore, hbm: HbmTier, scheduler: Scheduler, prefill: LinearCost
+        self, store: Store, hbm: HbmTier, scheduler: Scheduler, prefill: LinearCost
     ) -> None:
         self._store = store
         self._hbm = hbm

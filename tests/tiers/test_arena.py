@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from kvstore.tiers.arena import HUGE_PAGE_BYTES, STEP_BYTES, Arena
+from kvstore.mapping import HUGE_PAGE_BYTES
+from kvstore.tiers.arena import STEP_BYTES, Arena
 
 PAGE = 4096
 

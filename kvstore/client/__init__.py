@@ -1,0 +1,1 @@
+"""The store's verbs over a daemon: what `kvstore.connect` gives."""

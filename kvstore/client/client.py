@@ -1,0 +1,228 @@
+"""`StoreClient`: a store that lives in a daemon."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+from kvstore import wire
+from kvstore.answers import NVME, Explanation, Probe, Stats
+from kvstore.client.address import Address
+from kvstore.client.lease import ClientLease, NoLease
+from kvstore.client.link import Link
+from kvstore.client.reservation import ClientReservation, NoReservation
+from kvstore.errors import ClosedError, ConnectionLostError, KVStoreError, WireError
+from kvstore.hashing import Chain
+from kvstore.planner import LinearCost
+from kvstore.retention import Retained, Retention
+from kvstore.tier import Miss
+from kvstore.verbs import Lease, Reservation
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DEADLINE_S = 5.0  # of an acquire that names none; as the store's own
+FIRST_RETRY_S, LAST_RETRY_S = 0.05, 2.0  # between attempts to reach a daemon that is away
+
+
+class StoreClient:
+    """The store's verbs, over one connection that all threads share.
+
+    While the daemon is away nothing waits and nothing fails: every acquire is a miss, every
+    reservation empty, and a thread in the background tries to reach it again. A process that
+    forks needs a client of its own in the child.
+    """
+
+    def __init__(self, address: Address, *, timeout_s: float = 5.0) -> None:
+        """Tries to connect once, for `timeout_s` at most, which also bounds every reply.
+
+        An absent daemon is not an error. Raises RightsError or WireError where there is one
+        that does not want us, or speaks another version.
+        """
+        self._address = address
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._reconnecting: threading.Thread | None = None
+        self._link: Link | None = None
+        self._queued: dict[str, int] = {}
+        self._missed_blocks = 0  # asked for while the daemon was away
+        self.load_costs: Mapping[str, LinearCost] = {NVME: LinearCost()}
+        try:
+            self._link = Link(address, timeout_s)
+        except ConnectionLostError as error:
+            log.warning("%s; going on without it", error)
+            self._reconnect_locked()
+
+    @property
+    def is_connected(self) -> bool:
+        """As far as this process has noticed."""
+        return self._link is not None
+
+    # ---- asking
+
+    def probe(self, chain: Chain) -> Probe:
+        probed = self._ask(lambda link: link.ask(wire.ProbeChain, chain))
+        if probed is None:
+            return Probe([None] * len(chain))
+        self._queued = {NVME: probed.queued_bytes}
+        self.load_costs = {
+            NVME: LinearCost.of(probed.latency_s, probed.s_per_byte, probed.observations)
+        }
+        return Probe([wire.TIERS[number] for number in probed.tiers])
+
+    def explain(self, chain: Chain) -> Explanation:
+        answered = self._ask(lambda link: link.ask(wire.Explain, chain))
+        if answered is None:
+            return Explanation(len(chain), 0, 0, Miss.BREAKER.value, False)
+        return Explanation(**answered.fields)
+
+    def stats(self) -> Stats:
+        """The daemon's; empty while it is away, but for what was missed meanwhile."""
+        answered = self._ask(lambda link: link.ask_alone(wire.GetStats))
+        if answered is None:
+            return Stats({}, {}, {}, {Miss.BREAKER.value: self._missed_blocks}, {})
+        return Stats(**answered.fields)
+
+    def queued_bytes(self) -> Mapping[str, int]:
+        """As of the last probe."""
+        return self._queued
+
+    # ---- reading
+
+    def acquire(self, chain: Chain, *, deadline_s: float | None = None) -> Lease:
+        deadline_s = DEADLINE_S if deadline_s is None else deadline_s
+        until_s = time.monotonic() + deadline_s
+        leases: list[ClientLease] = []
+
+        def acquire(link: Link) -> Any:
+            block_bytes = chain.namespace.layout.block_bytes
+
+            def lease(reply: wire.Reply) -> None:
+                if isinstance(reply, wire.Leased):
+                    leases.append(ClientLease(link, block_bytes, reply, until_s))
+
+            return link.ask(wire.Acquire, chain, lease, deadline_s=deadline_s)
+
+        if self._ask(acquire) is None or not leases:
+            self._missed_blocks += len(chain)
+            return NoLease()
+        return leases[0]
+
+    def prefetch(self, chain: Chain) -> int:
+        counted = self._ask(lambda link: link.ask(wire.Prefetch, chain))
+        return 0 if counted is None else counted.count
+
+    # ---- writing
+
+    def reserve(self, chain: Chain, *, retention: Retention | None = None) -> Reservation:
+        asked = retention or Retention()
+
+        def reserve(link: Link) -> Reservation:
+            reply = link.ask(wire.Reserve, chain, priority=asked.priority, ttl_s=asked.ttl_s)
+            return ClientReservation(link, chain.namespace.layout.block_bytes, reply)
+
+        return self._ask(reserve) or NoReservation()
+
+    def retain(self, chain: Chain, retention: Retention) -> Retained:
+        answered = self._ask(
+            lambda link: link.ask(
+                wire.Retain, chain, priority=retention.priority, ttl_s=retention.ttl_s
+            )
+        )
+        return Retained(0, 0, 0, len(chain)) if answered is None else Retained(**answered.fields)
+
+    def evict(self, chain: Chain) -> int:
+        counted = self._ask(lambda link: link.ask(wire.Evict, chain))
+        return 0 if counted is None else counted.count
+
+    # ---- ending
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until the daemon has all on NVMe; False on timeout, and while it is away."""
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left_s = wire.FLUSH_S if until_s is None else until_s - time.monotonic()
+            counted = self._ask(
+                partial(Link.ask_alone, kind=wire.Flush, timeout_s=max(0.0, left_s))
+            )
+            if counted is None:
+                return False
+            if counted.count:
+                return True
+            if left_s <= wire.FLUSH_S and until_s is not None:
+                return False
+
+    def close(self) -> None:
+        """End the connection; leases stay readable until released. May be called twice."""
+        with self._lock:
+            self._closing.set()
+            link, self._link = self._link, None
+            reconnecting = self._reconnecting
+        if link is not None:
+            link.settle()
+            link.retire()
+        if reconnecting is not None:
+            reconnecting.join()
+
+    def __enter__(self) -> StoreClient:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # ---- inside
+
+    def _ask(self, ask: Callable[[Link], T]) -> T | None:
+        """What the daemon answers, or None where it is away. Raises what it refuses."""
+        if self._closing.is_set():
+            raise ClosedError("the client is closed; connect again")
+        link = self._link
+        if link is None:
+            return None
+        try:
+            link.settle()
+            return ask(link)
+        except WireError as error:
+            link.connection.lose(str(error))
+            self._lose(link)
+        except ConnectionLostError:
+            self._lose(link)
+        return None
+
+    def _lose(self, link: Link) -> None:
+        """The daemon is away. Leases on the link stay what they are; nothing new is asked there."""
+        with self._lock:
+            if self._link is link:
+                log.warning("%s: %s; going on without it", self._address, link.connection.lost)
+                self._link = None
+                self._reconnect_locked()
+        link.retire()
+
+    def _reconnect_locked(self) -> None:
+        if not self._closing.is_set():
+            self._reconnecting = threading.Thread(
+                target=self._reconnect, name="kvstore-reconnect", daemon=True
+            )
+            self._reconnecting.start()
+
+    def _reconnect(self) -> None:
+        wait_s = FIRST_RETRY_S
+        while not self._closing.wait(wait_s):
+            wait_s = min(2 * wait_s, LAST_RETRY_S)
+            try:
+                link = Link(self._address, self._timeout_s)
+            except KVStoreError as error:
+                log.debug("still away: %s", error)
+                continue
+            with self._lock:
+                if not self._closing.is_set():
+                    self._link = link
+                    log.info("%s: connected again", self._address)
+                    return
+            link.retire()

@@ -1,0 +1,181 @@
+"""Blocks of the daemon's arena, pinned for this process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Generator
+from types import TracebackType
+from typing import Any, Self
+
+from kvstore import wire
+from kvstore.client.link import Link
+from kvstore.errors import ClosedError
+from kvstore.tier import Miss
+
+# How much later than its deadline a lease may hear of it from a daemon that works.
+GRACE_S = 0.25
+
+
+class ClientLease:
+    """See `verbs.Lease`. Its bytes are the daemon's memory itself; nothing is copied.
+
+    Where the daemon is lost, what is ready stays readable until release, and what is not
+    is a miss.
+    """
+
+    def __init__(
+        self, link: Link, block_bytes: int, leased: wire.Leased, deadline_s: float
+    ) -> None:
+        """`turn` of the link's connection is held; `deadline_s` by this process's monotonic."""
+        self._link = link
+        self._block_bytes = block_bytes
+        self._number = leased.lease
+        self._sources = leased.sources
+        self._blocks = len(leased.sources)
+        self._miss = _miss(leased.miss)
+        self._deadline_s = deadline_s
+        self._views = [view.toreadonly() for view in link.views(leased.offsets, block_bytes)]
+        self._released = False
+        link.leases[self._number] = self
+
+    def __len__(self) -> int:
+        return self._blocks
+
+    @property
+    def miss(self) -> Miss | None:
+        return self._miss
+
+    @property
+    def sources(self) -> list[str]:
+        return [wire.TIERS[number] or "" for number in self._sources[: self._blocks]]
+
+    def ready(self) -> int:
+        if len(self._views) < self._blocks:
+            self._link.connection.drain()
+            self._cut_if_over()
+        return len(self._views)
+
+    def wait(self, n: int | None = None, timeout_s: float | None = None) -> int:
+        if len(self._views) >= self._blocks:
+            return len(self._views)
+        give_up_s = self._deadline_s + GRACE_S
+        if timeout_s is not None:
+            give_up_s = min(give_up_s, time.monotonic() + timeout_s)
+        self._link.connection.wait(
+            lambda: (
+                len(self._views) >= (self._blocks if n is None else min(n, self._blocks))
+                or self._released
+            ),
+            give_up_s,
+        )
+        self._cut_if_over()
+        return len(self._views)
+
+    def __await__(self) -> Generator[Any, None, int]:
+        return asyncio.to_thread(self.wait).__await__()
+
+    @property
+    def views(self) -> list[memoryview]:
+        """Read-only; owned by the daemon's arena. Raises ClosedError after release."""
+        self.ready()
+        if self._released:
+            raise ClosedError("the lease was released; its blocks may no longer be read")
+        return self._views.copy()
+
+    def release(self) -> None:
+        with self._link.connection.turn:
+            if self._released:
+                return
+            self._released = True
+            self._views = []
+            self._blocks = 0
+        self._link.let_go(self._number)
+
+    def progress_locked(self, progress: wire.Progress) -> None:
+        """The daemon says what has become ready, and where the lease ends now."""
+        self._views = self._views + [
+            view.toreadonly() for view in self._link.views(progress.offsets, self._block_bytes)
+        ]
+        self._blocks = max(progress.blocks, len(self._views))
+        self._miss = _miss(progress.miss)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        # The collector may run while this very thread holds `turn`: only leave word.
+        if not getattr(self, "_released", True):
+            self._link.abandoned.append(self._number)
+
+    def _cut_if_over(self) -> None:
+        """What has not come, and will not: the daemon is lost, or late beyond all deadlines."""
+        link = self._link
+        with link.connection.turn:
+            if len(self._views) >= self._blocks:
+                return
+            if link.is_lost:
+                self._blocks, self._miss = len(self._views), Miss.BREAKER
+            elif time.monotonic() >= self._deadline_s + GRACE_S:
+                self._blocks, self._miss = len(self._views), Miss.DEADLINE
+
+
+class NoLease:
+    """What an acquire gives while the daemon is away: nothing, at once."""
+
+    miss = Miss.BREAKER
+
+    def __len__(self) -> int:
+        return 0
+
+    @property
+    def sources(self) -> list[str]:
+        return []
+
+    @property
+    def views(self) -> list[memoryview]:
+        return []
+
+    def ready(self) -> int:
+        return 0
+
+    def wait(self, n: int | None = None, timeout_s: float | None = None) -> int:
+        return 0
+
+    async def _wait(self) -> int:
+        return 0
+
+    def __await__(self) -> Generator[Any, None, int]:
+        return self._wait().__await__()
+
+    def release(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+
+def _miss(value: str | None) -> Miss | None:
+    """A reason that only a newer daemon knows is a miss all the same."""
+    if value is None:
+        return None
+    try:
+        return Miss(value)
+    except ValueError:
+        return Miss.ABSENT

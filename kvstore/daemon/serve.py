@@ -1,0 +1,80 @@
+"""The daemon: a store, its doors, and the way from start to a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+
+from kvstore import compose
+from kvstore.daemon.local_door import LocalDoor
+from kvstore.daemon.service import Limits, Service
+from kvstore.daemon.socket_path import SocketPath
+from kvstore.errors import DirectoryError
+from kvstore.settings import Settings
+from kvstore.store import BlockStore
+
+log = logging.getLogger(__name__)
+
+
+def socket_of(settings: Settings) -> Path:
+    """Where the local door is. Raises DirectoryError where no place is known."""
+    if settings.daemon.socket is not None:
+        return settings.daemon.socket
+    runtime = os.environ.get("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR")
+    if not runtime:
+        raise DirectoryError(
+            "there is no XDG_RUNTIME_DIR to put a socket in: name one with --socket, such as "
+            "--socket /run/kvstore/kvstore.sock"
+        )
+    name = "kvstore.sock" if os.environ.get("RUNTIME_DIRECTORY") else "kvstore/kvstore.sock"
+    return Path(runtime.partition(":")[0], name)
+
+
+def serve(settings: Settings) -> None:
+    """Run until SIGTERM, SIGINT or SIGHUP, then end in order.
+
+    Raises InputError for what a person can mend: a socket or directory in use, sizes that
+    cannot be.
+    """
+    path = SocketPath(socket_of(settings))
+    try:
+        store = compose.open(settings)
+        try:
+            asyncio.run(_run(settings, store, path))
+        finally:
+            store.close(settings.daemon.shutdown_s)
+    finally:
+        path.close()
+
+
+async def _run(settings: Settings, store: BlockStore, path: SocketPath) -> None:
+    """Open the doors, wait for a signal, close them."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, stopping.set)
+    asked = settings.daemon
+    service = Service(store, Limits(asked.client_bytes, asked.connections))
+    async with contextlib.AsyncExitStack() as doors:
+        doors.callback(service.close)
+        local = LocalDoor(service, path)
+        doors.push_async_callback(local.close)
+        log.info("ready: unix://%s", path.path)
+        tell_systemd("READY=1")
+        await stopping.wait()
+        log.info("ending: what is in RAM goes to NVMe for up to %g s", asked.shutdown_s)
+        tell_systemd("STOPPING=1")
+
+
+def tell_systemd(state: str) -> None:
+    """The notification of sd_notify(3), where we were started by systemd; elsewhere nothing."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(state.encode(), address.replace("@", "\0", 1))

@@ -1,0 +1,89 @@
+"""What all doors of the daemon stand before: one store, and the clients that use it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvstore.daemon.session import Leased, Session
+from kvstore.errors import RequestError
+from kvstore.store import BlockStore
+from kvstore.tenant import Tenant
+
+log = logging.getLogger(__name__)
+
+MiB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one client may take; beyond, its leases and reservations are shorter."""
+
+    in_flight_bytes: int = 4096 * MiB  # leased and reserved, of one connection
+    connections: int = 256  # over all doors; beyond: refused
+
+
+class Service:
+    """The store and its sessions. Belongs to the event loop that made it, but for `wake`."""
+
+    def __init__(self, store: BlockStore, limits: Limits | None = None) -> None:
+        """The store is borrowed."""
+        self.store = store
+        self.limits = limits or Limits()
+        self.sessions: set[Session] = set()
+        self.tenant_blocks: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._watchers: set[Callable[[], None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._awake = False
+        self._unsubscribe = store.subscribe(self._wake)
+
+    def open(self, tenant: Tenant, peer: str) -> Session:
+        """A new client. Raises RequestError where there are too many."""
+        if len(self.sessions) >= self.limits.connections:
+            raise RequestError(f"{self.limits.connections} clients are connected, and no more may")
+        session = Session(self, tenant, peer)
+        self.sessions.add(session)
+        log.info("%s connected", peer, extra={"tenant": tenant.name})
+        return session
+
+    def end(self, session: Session) -> None:
+        """The client has gone: what it held is free. May be called twice."""
+        if session in self.sessions:
+            self.sessions.remove(session)
+            session.close()
+            log.info("%s left", session.peer, extra={"tenant": session.tenant.name})
+
+    def count_served(self, tenant: Tenant, held: Leased) -> None:
+        """asked = ram hits + nvme hits + misses by reason, for each tenant."""
+        counted, lease = self.tenant_blocks[tenant.name], held.lease
+        counted["asked"] += held.asked_blocks
+        counted.update(f"hit_{source}" for source in lease.sources)
+        if len(lease) < held.asked_blocks:
+            reason = lease.miss.value if lease.miss is not None else "too_slow"
+            counted[f"miss_{reason}"] += held.asked_blocks - len(lease)
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` in the loop when a block has arrived, or something was written."""
+        self._watchers.add(changed)
+
+    def unwatch(self, changed: Callable[[], None]) -> None:
+        self._watchers.discard(changed)
+
+    def close(self) -> None:
+        self._unsubscribe()
+        for session in list(self.sessions):
+            self.end(session)
+
+    def _wake(self) -> None:
+        """From any thread, with the store's lock held: once for all that happens until we look."""
+        if not self._awake:
+            self._awake = True
+            self._loop.call_soon_threadsafe(self._look)
+
+    def _look(self) -> None:
+        self._awake = False
+        for changed in list(self._watchers):
+            changed()

@@ -1,0 +1,183 @@
+"""One client's time with the daemon: what it has opened, and what it must give back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING
+
+from kvstore.answers import Explanation, Probe, Stats
+from kvstore.errors import RequestError, RightsError
+from kvstore.hashing import Chain, Key
+from kvstore.identity import Namespace
+from kvstore.lease import Lease
+from kvstore.reservation import Reservation
+from kvstore.retention import Retained, Retention
+from kvstore.tenant import Right, Tenant
+
+if TYPE_CHECKING:
+    from kvstore.daemon.service import Service
+
+MAX_NAMESPACES = 1024  # of one session
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A namespace as the client named it, and as the store knows it."""
+
+    asked: Namespace
+    own: Namespace
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """A lease that a client holds."""
+
+    lease: Lease
+    asked_blocks: int
+    nbytes: int  # that count against the client
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """A reservation that a client has yet to commit."""
+
+    reservation: Reservation
+    nbytes: int
+
+
+class Session:
+    """The store's verbs for one client. It owns its leases and reservations, and ends with it.
+
+    Belongs to the event loop's thread; nothing here waits. Every verb may raise RightsError,
+    and RequestError for what makes no sense.
+    """
+
+    def __init__(self, service: Service, tenant: Tenant, peer: str) -> None:
+        self.tenant = tenant
+        self.peer = peer  # for people: "pid 4711", "10.0.0.7:51234"
+        self._service = service
+        self._store = service.store
+        self._namespaces: list[_Opened] = []
+        self._numbers = count(1)
+        self.leases: dict[int, Leased] = {}
+        self.reservations: dict[int, Reserved] = {}
+        self.in_flight_bytes = 0  # leased and reserved
+
+    # ---- naming
+
+    def open_namespace(self, record: str) -> int:
+        """The number by which this client's messages name the namespace from now on."""
+        try:
+            asked = Namespace.from_json(record)
+        except ValueError as error:
+            raise RequestError(f"that is no namespace record: {error}") from error
+        opened = _Opened(asked, self.tenant.namespace(asked))
+        if opened in self._namespaces:
+            return self._namespaces.index(opened)
+        if len(self._namespaces) >= MAX_NAMESPACES:
+            raise RequestError(f"more than {MAX_NAMESPACES} namespaces on one connection")
+        self._namespaces.append(opened)
+        return len(self._namespaces) - 1
+
+    def chain(self, namespace: int, parent: Key, keys: tuple[Key, ...]) -> Chain:
+        if namespace >= len(self._namespaces):
+            raise RequestError(f"namespace {namespace} was not opened on this connection")
+        opened = self._namespaces[namespace]
+        return self.tenant.chain(opened.asked, opened.own, parent, keys)
+
+    # ---- reading
+
+    def probe(self, chain: Chain) -> Probe:
+        self._check("read")
+        return self._store.probe(chain)
+
+    def explain(self, chain: Chain) -> Explanation:
+        self._check("read")
+        return self._store.explain(chain)
+
+    def stats(self) -> Stats:
+        self._check("read")
+        return self._store.stats()
+
+    def acquire(self, chain: Chain, deadline_s: float | None) -> tuple[int, Lease]:
+        """A lease and its number. Shorter than the prefix where the client holds too much."""
+        self._check("read")
+        block_bytes = chain.namespace.layout.block_bytes
+        lease = self._store.acquire(
+            chain.slice(0, self._room_blocks(block_bytes)), deadline_s=deadline_s
+        )
+        held = Leased(lease, len(chain), len(lease) * block_bytes)
+        number = next(self._numbers)
+        self.leases[number] = held
+        self.in_flight_bytes += held.nbytes
+        return number, lease
+
+    def release(self, number: int) -> None:
+        """Unknown numbers are ignored: a release may cross the end of its lease."""
+        held = self.leases.pop(number, None)
+        if held is not None:
+            self.in_flight_bytes -= held.nbytes
+            held.lease.release()
+            self._service.count_served(self.tenant, held)
+
+    def prefetch(self, chain: Chain) -> int:
+        self._check("read")
+        return self._store.prefetch(chain)
+
+    # ---- writing
+
+    def reserve(self, chain: Chain, retention: Retention) -> tuple[int, Reservation]:
+        """A reservation and its number. Shorter where the client holds too much."""
+        self._check("write")
+        block_bytes = chain.namespace.layout.block_bytes
+        reservation = self._store.reserve(
+            chain.slice(0, self._room_blocks(block_bytes)),
+            retention=self.tenant.retention(retention),
+        )
+        held = Reserved(reservation, len(reservation) * block_bytes)
+        number = next(self._numbers)
+        self.reservations[number] = held
+        self.in_flight_bytes += held.nbytes
+        return number, reservation
+
+    def commit(self, number: int) -> int:
+        held = self.reservations.pop(number, None)
+        if held is None:
+            raise RequestError(f"reservation {number} is not open on this connection")
+        self.in_flight_bytes -= held.nbytes
+        return held.reservation.commit()
+
+    def abort(self, number: int) -> None:
+        """Unknown numbers are ignored."""
+        held = self.reservations.pop(number, None)
+        if held is not None:
+            self.in_flight_bytes -= held.nbytes
+            held.reservation.abort()
+
+    def retain(self, chain: Chain, retention: Retention) -> Retained:
+        self._check("write")
+        return self._store.retain(chain, self.tenant.retention(retention))
+
+    def evict(self, chain: Chain) -> int:
+        self._check("write")
+        return self._store.evict(chain)
+
+    # ---- ending
+
+    def close(self) -> None:
+        """Give everything back. May be called twice."""
+        for number in list(self.leases):
+            self.release(number)
+        for number in list(self.reservations):
+            self.abort(number)
+
+    # ---- inside
+
+    def _check(self, right: Right) -> None:
+        if right not in self.tenant.rights:
+            raise RightsError(f"the tenant {self.tenant.name} has no right to {right}")
+
+    def _room_blocks(self, block_bytes: int) -> int:
+        room = self._service.limits.in_flight_bytes - self.in_flight_bytes
+        return max(0, room // block_bytes)

@@ -1,0 +1,60 @@
+"""Who a client is to the daemon: whose blocks it may find, and what it may do.
+
+A tenant's blocks are told apart by a secret of the server's, never by anything that a
+client says. Its namespaces get a salt made from the secret, and every key it sends is
+hashed with it before the store sees it. So a client that knows another tenant's keys, or
+lies about its salt, still names only blocks of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvstore.hashing import KEY_BYTES, Chain, Key
+from kvstore.identity import Namespace
+from kvstore.retention import MAX_PRIORITY, Retention
+
+Right = Literal["read", "write", "admin"]
+RIGHTS: tuple[Right, ...] = ("read", "write", "admin")
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """`secret` is b"" for whoever shares the machine's user: keys and salts stay as they are."""
+
+    name: str
+    rights: frozenset[Right] = frozenset(RIGHTS)
+    secret: bytes = field(default=b"", repr=False)
+    quota_bytes: int | None = None  # of blocks, over RAM and NVMe; None: no limit of its own
+    priority_cap: int = MAX_PRIORITY
+
+    def namespace(self, asked: Namespace) -> Namespace:
+        """What the store knows a client's namespace as."""
+        if not self.secret:
+            return asked
+        salt = hashlib.sha256(self.secret + b"salt" + asked.salt.encode()).hexdigest()[:32]
+        return dataclasses.replace(asked, salt=salt)
+
+    def chain(self, asked: Namespace, own: Namespace, parent: Key, keys: tuple[Key, ...]) -> Chain:
+        """What the store knows a client's chain as; `own` is `namespace(asked)`."""
+        if not self.secret:
+            return Chain(own, parent, keys)
+        start = hashlib.sha256(self.secret + b"key")
+        mapped = []
+        for key in (parent, *keys):
+            digest = start.copy()
+            digest.update(key)
+            mapped.append(digest.digest()[:KEY_BYTES])
+        first = own.fingerprint if parent == asked.fingerprint else mapped[0]
+        return Chain(own, first, tuple(mapped[1:]))
+
+    def retention(self, asked: Retention) -> Retention:
+        """What is granted: no more than the cap."""
+        return dataclasses.replace(asked, priority=min(asked.priority, self.priority_cap))
+
+
+LOCAL = Tenant("local")
+"""Who comes through the socket that only this user can open."""
