@@ -253,7 +253,7 @@ Reply = (
 )
 
 TIERS: tuple[str | None, ...] = (None, "ram", "nvme", "remote")
-TIER_NUMBERS = {tier: number for number, tier in enumerate(TIERS)}
+_TIER_NUMBERS = {tier: number for number, tier in enumerate(TIERS)}
 
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(Request)
@@ -303,6 +303,11 @@ def unpack_keys(data: bytes) -> tuple[Key, ...]:
     if len(data) % KEY_BYTES:
         raise WireError(f"{len(data)} bytes are no whole number of keys")
     return tuple(np.frombuffer(data, f"V{KEY_BYTES}").tolist())
+
+
+def pack_tiers(tiers: Sequence[str | None]) -> bytes:
+    """A byte for each, its place in TIERS."""
+    return bytes(map(_TIER_NUMBERS.__getitem__, tiers))
 
 
 def unpack_offsets(data: bytes) -> NDArray[np.uint64]:

@@ -35,7 +35,8 @@ class ClientLease:
         self._blocks = len(leased.sources)
         self._miss = _miss(leased.miss)
         self._deadline_s = deadline_s
-        self._views = [view.toreadonly() for view in link.views(leased.offsets, block_bytes)]
+        self._places = link.places(leased.offsets, block_bytes)  # of the blocks that are ready
+        self._views: list[memoryview] = []  # of those that were asked for
         self._released = False
         link.leases[self._number] = self
 
@@ -51,26 +52,26 @@ class ClientLease:
         return [wire.TIERS[number] or "" for number in self._sources[: self._blocks]]
 
     def ready(self) -> int:
-        if len(self._views) < self._blocks:
+        if len(self._places) < self._blocks:
             self._link.connection.drain()
             self._cut_if_over()
-        return len(self._views)
+        return len(self._places)
 
     def wait(self, n: int | None = None, timeout_s: float | None = None) -> int:
-        if len(self._views) >= self._blocks:
-            return len(self._views)
+        if len(self._places) >= self._blocks:
+            return len(self._places)
         give_up_s = self._deadline_s + GRACE_S
         if timeout_s is not None:
             give_up_s = min(give_up_s, time.monotonic() + timeout_s)
         self._link.connection.wait(
             lambda: (
-                len(self._views) >= (self._blocks if n is None else min(n, self._blocks))
+                len(self._places) >= (self._blocks if n is None else min(n, self._blocks))
                 or self._released
             ),
             give_up_s,
         )
         self._cut_if_over()
-        return len(self._views)
+        return len(self._places)
 
     def __await__(self) -> Generator[Any, None, int]:
         return asyncio.to_thread(self.wait).__await__()
@@ -78,26 +79,29 @@ class ClientLease:
     @property
     def views(self) -> list[memoryview]:
         """Read-only; owned by the daemon's arena. Raises ClosedError after release."""
-        self.ready()
+        ready = self.ready()
         if self._released:
             raise ClosedError("the lease was released; its blocks may no longer be read")
-        return self._views.copy()
+        # Replaced as a whole: two threads may make the same views, but never a wrong list.
+        views, memory = self._views, self._link.readable
+        if len(views) < ready:
+            more = [memory[place] for place in self._places[len(views) : ready]]
+            views = self._views = views + more
+        return views[:ready]
 
     def release(self) -> None:
         with self._link.connection.turn:
             if self._released:
                 return
             self._released = True
-            self._views = []
+            self._places, self._views = [], []
             self._blocks = 0
         self._link.let_go(self._number)
 
     def progress_locked(self, progress: wire.Progress) -> None:
         """The daemon says what has become ready, and where the lease ends now."""
-        self._views = self._views + [
-            view.toreadonly() for view in self._link.views(progress.offsets, self._block_bytes)
-        ]
-        self._blocks = max(progress.blocks, len(self._views))
+        self._places = self._places + self._link.places(progress.offsets, self._block_bytes)
+        self._blocks = max(progress.blocks, len(self._places))
         self._miss = _miss(progress.miss)
 
     def __enter__(self) -> Self:
@@ -120,12 +124,12 @@ class ClientLease:
         """What has not come, and will not: the daemon is lost, or late beyond all deadlines."""
         link = self._link
         with link.connection.turn:
-            if len(self._views) >= self._blocks:
+            if len(self._places) >= self._blocks:
                 return
             if link.is_lost:
-                self._blocks, self._miss = len(self._views), Miss.BREAKER
+                self._blocks, self._miss = len(self._places), Miss.BREAKER
             elif time.monotonic() >= self._deadline_s + GRACE_S:
-                self._blocks, self._miss = len(self._views), Miss.DEADLINE
+                self._blocks, self._miss = len(self._places), Miss.DEADLINE
 
 
 class NoLease:

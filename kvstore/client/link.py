@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvstore import wire
 from kvstore.client.address import Address
 from kvstore.client.connection import Connection, refusal
@@ -40,6 +42,7 @@ class Link:
             if os.fstat(fds[0]).st_size < welcome.arena_bytes:
                 raise WireError("the daemon's memory is smaller than it says")
             self.arena = map_shared(fds[0], welcome.arena_bytes)
+            self.readable = self.arena.toreadonly()
         except BaseException as error:
             sock.close()
             if isinstance(error, OSError):
@@ -84,12 +87,12 @@ class Link:
         seq = self.connection.next_seq()
         return self.connection.request(seq, kind(seq, **fields))
 
-    def views(self, offsets: bytes, nbytes: int) -> list[memoryview]:
-        """Blocks of the arena, writable. Raises WireError for what lies outside."""
+    def places(self, offsets: bytes, nbytes: int) -> list[slice]:
+        """Where in the arena blocks lie. Raises WireError for what lies outside."""
         starts = wire.unpack_offsets(offsets)
         if len(starts) and int(starts.max()) + nbytes > len(self.arena):
             raise WireError("the daemon names memory outside its arena")
-        return [self.arena[start : start + nbytes] for start in starts.tolist()]
+        return list(map(slice, starts.tolist(), (starts + np.uint64(nbytes)).tolist()))
 
     def let_go(self, number: int) -> None:
         """A lease is over: tell the daemon, and close the socket of a lost one after the last."""

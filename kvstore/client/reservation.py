@@ -17,7 +17,8 @@ class ClientReservation:
     def __init__(self, link: Link, block_bytes: int, reserved: wire.Reserved) -> None:
         self._link = link
         self._number = reserved.reservation
-        self._views = link.views(reserved.offsets, block_bytes)
+        places = link.places(reserved.offsets, block_bytes)
+        self._views = [link.arena[place] for place in places]
         self._open = True
         self.indices = wire.unpack_indices(reserved.indices)
 

@@ -95,7 +95,7 @@ class Conversation:
         latency_s, s_per_byte = cost.coefficients()
         return wire.Probed(
             request.seq,
-            bytes([wire.TIER_NUMBERS[tier] for tier in probe.tiers]),
+            wire.pack_tiers(probe.tiers),
             self._store.queued_bytes().get(NVME, 0),
             latency_s,
             s_per_byte,
@@ -110,8 +110,13 @@ class Conversation:
             self._watch()
             loop = asyncio.get_running_loop()
             loop.call_later(lease.left_s() + DEADLINE_SLACK_S, self._report)
-        sources = bytes([wire.TIER_NUMBERS[source] for source in lease.sources])
-        return wire.Leased(request.seq, number, sources, _offsets(lease, 0, ready), _miss(lease))
+        return wire.Leased(
+            request.seq,
+            number,
+            wire.pack_tiers(lease.sources),
+            _offsets(lease, 0, ready),
+            _miss(lease),
+        )
 
     def _reserve(self, request: wire.Reserve) -> Answer:
         number, reservation = self._session.reserve(self._chain(request), _retention(request))

@@ -60,7 +60,9 @@ class Service:
         """asked = ram hits + nvme hits + misses by reason, for each tenant."""
         counted, lease = self.tenant_blocks[tenant.name], held.lease
         counted["asked"] += held.asked_blocks
-        counted.update(f"hit_{source}" for source in lease.sources)
+        sources = lease.sources
+        for source in set(sources):
+            counted[f"hit_{source}"] += sources.count(source)
         if len(lease) < held.asked_blocks:
             reason = lease.miss.value if lease.miss is not None else "too_slow"
             counted[f"miss_{reason}"] += held.asked_blocks - len(lease)
