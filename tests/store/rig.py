@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,12 @@ from kvstore.errors import TierError
 from kvstore.hashing import Chain, Key, TokenChain
 from kvstore.hub import Bounds
 from kvstore.identity import Namespace
-from kvstore.lease import Lease
 from kvstore.retention import Retention
 from kvstore.store import BlockStore
 from kvstore.tier import LocalTier, ReadRequest, ReadResult, WriteItem, WriteResult
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.ram import RamTier
+from kvstore.verbs import Lease, Store
 
 NAMESPACE = Namespace("tiny", "weights", "tokenizer", "float16", 1, 2, 64, 16, "rope")
 BLOCK = NAMESPACE.layout.block_bytes  # 8 KiB
@@ -40,7 +41,7 @@ def content(key: Key, nbytes: int = BLOCK) -> bytes:
     return random.Random(key).randbytes(nbytes)
 
 
-def put(store: BlockStore, blocks: Chain, retention: Retention | None = None) -> int:
+def put(store: Store, blocks: Chain, retention: Retention | None = None) -> int:
     """Reserve, fill, commit; returns how many blocks this was the first to commit."""
     with store.reserve(blocks, retention=retention) as reservation:
         fill(reservation.views, [blocks.keys[i] for i in reservation.indices])
@@ -52,7 +53,7 @@ def fill(views: Sequence[memoryview], keys: Sequence[Key]) -> None:
         view[:] = content(key, len(view))
 
 
-def get(store: BlockStore, blocks: Chain, **options: Any) -> int:
+def get(store: Store, blocks: Chain, **options: Any) -> int:
     """Acquire, wait, compare every byte, release; returns how many blocks were served."""
     with store.acquire(blocks, **options) as lease:
         lease.wait()
@@ -79,6 +80,16 @@ class FakeClock:
 
     def monotonic_s(self) -> float:
         return self.now_s
+
+
+class RunningClock(FakeClock):
+    """Time that passes by itself, and as much more as the test says."""
+
+    def wall_s(self) -> float:
+        return self.now_s + time.monotonic()
+
+    def monotonic_s(self) -> float:
+        return self.now_s + time.monotonic()
 
 
 class GatedTier:
@@ -172,10 +183,11 @@ class Rig:
         ram_blocks: int = 64,
         nvme_bytes: int = NVME_BYTES,
         wrap: Callable[[LocalTier], LocalTier] | None = None,
+        clock: FakeClock | None = None,
         **bounds: Any,
     ) -> None:
         """Without a path there is no NVMe. `wrap` goes between the gate and the tier."""
-        self.clock = FakeClock()
+        self.clock = clock or FakeClock()
         self.ram = RamTier(ram_blocks * BLOCK)
         self.gate: Any = None
         if path is not None:
@@ -239,7 +251,7 @@ class Rig:
             self.store.close()
 
 
-def stats_add_up(store: BlockStore, asked_blocks: int) -> None:
+def stats_add_up(store: Store, asked_blocks: int) -> None:
     """asked = hits + misses, exactly."""
     stats = store.stats()
     assert sum(stats.hits.values()) + sum(stats.misses.values()) == asked_blocks

@@ -1,0 +1,62 @@
+"""Daemons that are taken down again, whatever becomes of the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from kvstore.client.client import StoreClient
+from kvstore.daemon.service import Limits
+from tests.daemon.doors import Daemon, DaemonProcess
+from tests.store.rig import Rig, RunningClock
+
+MakeProcess = Callable[..., DaemonProcess]
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    """The store behind `daemon`: 64 blocks of RAM over plenty of NVMe; checked at the end."""
+    rig = Rig(tmp_path / "nvme", clock=RunningClock())
+    yield rig
+    rig.finish()
+
+
+@pytest.fixture
+def limits() -> Limits | None:
+    """Of the clients of `daemon`; parametrize it for others."""
+    return None
+
+
+@pytest.fixture
+def daemon(rig: Rig, tmp_path: Path, limits: Limits | None) -> Iterator[Daemon]:
+    """A daemon over `rig`'s store in a thread of this process."""
+    with Daemon(rig.store, tmp_path / "kvstore.sock", limits) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def client(daemon: Daemon) -> Iterator[StoreClient]:
+    with daemon.connect() as client:
+        yield client
+
+
+@pytest.fixture
+def make_process(tmp_path: Path) -> Iterator[MakeProcess]:
+    """Starts `kvstore daemon` with these flags over `tmp_path/nvme`, once or again and again."""
+    with ExitStack() as processes:
+
+        def make(*args: str) -> DaemonProcess:
+            nvme = ("--nvme-path", str(tmp_path / "nvme"), "--nvme-bytes", "8 MiB")
+            every = ("--ram-bytes", "1 MiB", *nvme, *args)
+            return processes.enter_context(DaemonProcess(tmp_path, *every))
+
+        yield make
+
+
+@pytest.fixture
+def process(make_process: MakeProcess) -> DaemonProcess:
+    """A real daemon: 1 MiB of RAM over 8 MiB of NVMe."""
+    return make_process()
