@@ -6,12 +6,15 @@ from typing import Any
 
 from kvstore.client.address import parse
 from kvstore.client.client import StoreClient
+from kvstore.errors import SettingsError
 from kvstore.hub import Bounds
 from kvstore.settings import Settings
 from kvstore.sources import override
 from kvstore.store import BlockStore
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.ram import RamTier
+
+_NOT_OF_A_STORE = ("engine_", "tenant_", "daemon_")
 
 
 def open(settings: Settings | None = None, /, **overrides: Any) -> BlockStore:
@@ -27,6 +30,11 @@ def open(settings: Settings | None = None, /, **overrides: Any) -> BlockStore:
     Raises SettingsError for sizes that cannot be, DirectoryError for a directory
     that may not be used, is in use, or is of a newer format.
     """
+    for name in overrides:
+        if name.startswith(_NOT_OF_A_STORE):
+            raise SettingsError(
+                f"{name}: no setting of a store; it is the engine's or the daemon's"
+            )
     chosen = override(settings, overrides)
     bounds = Bounds(**chosen.store.model_dump())
     nvme = _open_nvme(chosen)

@@ -25,6 +25,12 @@ def test_ram_alone() -> None:
         assert (stats.ram["capacity_bytes"], stats.nvme) == (8 * MiB, {})
 
 
+@pytest.mark.parametrize("name", ["engine_model", "tenant_salt", "daemon_socket"])
+def test_what_a_store_would_ignore_is_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name}: no setting of a store"):
+        kvstore.open(ram_bytes="8 MiB", **{name: "x"})
+
+
 def test_a_second_store_serves_what_the_first_kept(tmp_path: Path) -> None:
     where = {"ram_bytes": "8 MiB", "nvme_path": tmp_path / "blocks", "nvme_bytes": "16 MiB"}
     with kvstore.open(**where) as store:
