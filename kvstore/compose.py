@@ -33,7 +33,7 @@ def open(settings: Settings | None = None, /, **overrides: Any) -> BlockStore:
     for name in overrides:
         if name.startswith(_NOT_OF_A_STORE):
             raise SettingsError(
-                f"{name}: no setting of a store; it is the engine's or the daemon's"
+                f"{name}: no setting of a store, but of the engine or the daemon"
             )
     chosen = override(settings, overrides)
     bounds = Bounds(**chosen.store.model_dump())

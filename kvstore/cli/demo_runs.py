@@ -167,6 +167,7 @@ def _in_new_process(model_file: Path, directory: Path) -> list[Run]:
         stdout=subprocess.PIPE,
         text=True,
         check=False,
+        process_group=0,  # Ctrl-C is for us; what becomes of the child is in `run`'s hands
     )
     if done.returncode:
         raise KVStoreError(f"the demo's new process ended with status {done.returncode}")
