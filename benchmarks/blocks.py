@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,7 +11,7 @@ from benchmarks.harness import Workload
 from kvstore.hashing import Chain, TokenChain
 from kvstore.identity import Namespace
 
-Blocks = list[memoryview]
+Blocks = Sequence[memoryview]
 
 _PAGE, _CACHE_LINE = 4096, 64
 _PIECE_BYTES = 512 << 10
@@ -59,7 +61,7 @@ def buffers(workload: Workload) -> NDArray[np.uint8]:
     return flat.reshape(workload.count, workload.block_bytes)
 
 
-def views(array: NDArray[np.uint8]) -> Blocks:
+def views(array: NDArray[np.uint8]) -> list[memoryview]:
     """One view a block."""
     return [memoryview(block) for block in array]
 

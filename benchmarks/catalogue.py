@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from benchmarks import (
+    daemon,
     decode,
     engine_vs_transformers,
     engine_vs_vllm,
@@ -25,6 +26,7 @@ CATALOGUE: tuple[Benchmark, ...] = (
     *ram.BENCHMARKS,
     *nvme.BENCHMARKS,
     *restart.BENCHMARKS,
+    *daemon.BENCHMARKS,
     *peer_lmcache.BENCHMARKS,
     *ttft.BENCHMARKS,
     *decode.BENCHMARKS,

@@ -18,12 +18,12 @@ from benchmarks.blocks import Blocks
 from benchmarks.harness import Bench, Benchmark, Turn, Workload, rates, timed
 from benchmarks.rows import Row
 from kvstore.hashing import Chain
-from kvstore.store import BlockStore
+from kvstore.verbs import Store
 
 AT_LEAST = 0.90
 
 
-def put(store: BlockStore, chain: Chain, source: Blocks) -> None:
+def put(store: Store, chain: Chain, source: Blocks) -> None:
     """All of `source` into the store; raises where one block finds no room."""
     with store.reserve(chain) as reservation:
         blocks.copy(reservation.views, source)
@@ -31,7 +31,7 @@ def put(store: BlockStore, chain: Chain, source: Blocks) -> None:
             raise RuntimeError("the store did not take all blocks")
 
 
-def get(store: BlockStore, chain: Chain, target: Blocks) -> None:
+def get(store: Store, chain: Chain, target: Blocks) -> None:
     """All blocks of the chain into `target`, each as it comes; raises where one is missing."""
     done = 0
     with store.acquire(chain) as lease:
@@ -42,7 +42,7 @@ def get(store: BlockStore, chain: Chain, target: Blocks) -> None:
             raise RuntimeError(f"only {done} of {len(chain)} blocks served: {lease.miss}")
 
 
-def putting(store: BlockStore, chain: Chain, source: Blocks) -> Turn:
+def putting(store: Store, chain: Chain, source: Blocks) -> Turn:
     """A turn of `put` into a store that does not hold the chain."""
 
     def turn() -> float:
@@ -54,7 +54,7 @@ def putting(store: BlockStore, chain: Chain, source: Blocks) -> Turn:
     return turn
 
 
-def copying_in(store: BlockStore, chain: Chain, source: Blocks) -> Turn:
+def copying_in(store: Store, chain: Chain, source: Blocks) -> Turn:
     """Only the copy of a put: the slots are reserved before and given back after."""
 
     def turn() -> float:
@@ -68,7 +68,7 @@ def copying_in(store: BlockStore, chain: Chain, source: Blocks) -> Turn:
     return turn
 
 
-def copying_out(store: BlockStore, chain: Chain, target: Blocks) -> Turn:
+def copying_out(store: Store, chain: Chain, target: Blocks) -> Turn:
     """Only the copy of a get."""
 
     def turn() -> float:

@@ -57,6 +57,7 @@ def test_selection_is_by_name_by_group_or_all() -> None:
         "probe",
         "ram/2MiB",
         "nvme/2MiB",
+        "daemon/2MiB",
         "lmcache/2MiB",
     ]
     assert select([]) == list(CATALOGUE)
