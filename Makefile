@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 # machine whose cores are shared.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help venv demo test check lint bench bench-peers soak clean
+.PHONY: help venv demo test check lint proto bench bench-peers soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ check: lint ## lint, types, and the tests of the rules and the pure core: under 
 	$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_layers.py tests/test_tidy.py \
 	  tests/test_public.py tests/test_identity.py tests/test_hashing.py tests/test_layout.py \
 	  tests/test_codec.py tests/test_frame.py
+
+proto: $(STAMP) ## make kvstore/proto/*_pb2* anew from the .proto files
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+	  kvstore/proto/*.proto
 
 bench: $(STAMP) ## measure, beside the ceilings; writes benchmarks/results/latest.json
 	$(ONE_THREAD) $(BIN)/python -m benchmarks

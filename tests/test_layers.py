@@ -29,6 +29,8 @@ PACKAGES: dict[str, str] = {
     "msgspec": "wire",
     "cupy": "kernels connectors",
     "gguf": "engine",
+    **dict.fromkeys(("google", "grpc"), "proto daemon"),
+    **dict.fromkeys(("grpc_health", "grpc_reflection"), "daemon"),
     "jinja2": "engine",
     "lmdb": "tiers",
     "msgpack": "tiers",
@@ -53,7 +55,8 @@ LAYERS = {
     "errors": Layer("errors version", pure=True),
     "pure": Layer(
         "identity hashing layout allocator index policy retention planner codec slots "
-        "quantities answers breaker admission eviction expiry rowheap tenant",
+        "quantities answers breaker admission eviction expiry rowheap tenant "
+        "histogram",
         "errors",
         pure=True,
     ),
@@ -68,14 +71,17 @@ LAYERS = {
     "hbm": Layer("tiers.hbm", "errors pure kernels tiers"),
     "store": Layer(
         "store below hub lease reservation promotion demotion background transfer errands lookup "
-        "ending",
+        "ending measures",
         "errors pure clock tier",
     ),
     "client": Layer("client", "errors pure clock tier verbs wire machine"),
     "engine": Layer("engine", "errors pure clock tier verbs kernels tiers hbm"),
     "compose": Layer("compose", "errors pure clock tier settings tiers store client"),
+    "proto": Layer("proto"),
     "public": Layer("__init__", "errors pure store client engine compose"),
-    "daemon": Layer("daemon", "errors pure clock tier verbs wire machine settings store compose"),
+    "daemon": Layer(
+        "daemon", "errors pure clock tier verbs wire machine settings store compose proto"
+    ),
     "cli": Layer(
         "cli __main__",
         "errors pure clock tier verbs machine settings tiers store client engine compose daemon "

@@ -19,6 +19,7 @@ FILES = {
     for pattern in ("*.py", "*.cu", "*.cuh")
     for path in sorted((ROOT / folder).rglob(pattern))
     if not any(part.is_symlink() for part in path.parents)
+    and not path.stem.endswith(("_pb2", "_pb2_grpc"))  # protoc wrote it
 }
 PYTHON = {name: path for name, path in FILES.items() if path.suffix == ".py"}
 QUIET = [
