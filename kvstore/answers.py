@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from kvstore.identity import Namespace
+
 RAM = "ram"
 NVME = "nvme"
 
@@ -57,6 +59,14 @@ class Explanation:
         return asdict(self)
 
 
+class NamespaceUsage(NamedTuple):
+    """What a namespace holds, by tier; a tier that holds nothing of it is left out."""
+
+    namespace: Namespace
+    blocks: Mapping[str, int]
+    nbytes: Mapping[str, int]
+
+
 @dataclass(frozen=True)
 class Stats:
     """Gauges and counters since `open`.
@@ -69,6 +79,7 @@ class Stats:
     hits: Mapping[str, int]  # blocks served, by the tier that they came from
     misses: Mapping[str, int]  # blocks not served, by reason
     counters: Mapping[str, int]
+    queues: Mapping[str, int] = field(default_factory=dict)  # what waits; empty without NVMe
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -23,6 +23,7 @@ class Batch(NamedTuple):
 
     rows: list[int]
     records: list[Record]
+    queued_s: list[float]  # when each was, by the monotonic clock
     namespaces: list[Namespace]  # that the tier may not know yet
 
 
@@ -47,7 +48,7 @@ class Demotions:
         self._loop = loop
         self._transfers = transfers
         self._errands = errands
-        self._queue: dict[int, None] = {}  # rows, oldest first
+        self._queue: dict[int, float] = {}  # row -> since when, oldest first
         self._in_flight: set[int] = set()
         self._withdrawn: set[int] = set()  # of those in flight: evicted by the caller
         self._most_writers = hub.bounds.transfers_in_flight
@@ -59,6 +60,10 @@ class Demotions:
     def idle(self) -> bool:
         """Whether nothing is being written, but for calls that were given up."""
         return not self._writers
+
+    def waiting_locked(self) -> int:
+        """Blocks that are queued, and not yet being written."""
+        return len(self._queue)
 
     def room_locked(self) -> int:
         """How many more blocks may be queued."""
@@ -78,7 +83,7 @@ class Demotions:
         counters["demotions_dropped_blocks"] += len(fresh) - len(taken)
         if taken:
             self._hub.slots.pin(np.array(taken, dtype=np.int64))
-            self._queue.update(dict.fromkeys(taken))
+            self._queue.update(dict.fromkeys(taken, self._hub.clock.monotonic_s()))
             self.start_locked()
 
     def start_locked(self) -> None:
@@ -142,13 +147,13 @@ class Demotions:
             rows.append(row)
         if not rows:
             return None
-        for row in rows:
-            del self._queue[row]
+        queued_s = [self._queue.pop(row) for row in rows]
         self._in_flight.update(rows)
         now_s = hub.clock.wall_s()
         records = [self._record_locked(row, now_s) for row in rows]
         fresh = {record.namespace for record in records} - self._known
-        return Batch(rows, records, [hub.namespaces[fingerprint] for fingerprint in fresh])
+        namespaces = [hub.namespaces[fingerprint] for fingerprint in fresh]
+        return Batch(rows, records, queued_s, namespaces)
 
     def _record_locked(self, row: int, now_s: float) -> Record:
         index = self._hub.slots.index
@@ -207,11 +212,14 @@ class Demotions:
         if results is None:
             counters["demotions_failed_blocks"] += len(batch.rows)
             return
-        for row, record, result in zip(*batch[:2], results, strict=True):
+        now_s = self._hub.clock.monotonic_s()
+        for row, record, queued_s, result in zip(*batch[:3], results, strict=True):
             if result.refusal is not None:
                 counters[f"demotions_refused_{result.refusal.value}_blocks"] += 1
                 continue
             counters["demoted_blocks"] += 1
+            counters["demoted_bytes"] += record.raw_bytes
+            self._hub.demotion_s.add(now_s - queued_s)
             if index.keys[row] != record.key:
                 continue
             priority = index.priority.item(row)

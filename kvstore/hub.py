@@ -15,6 +15,7 @@ from kvstore.clock import Clock
 from kvstore.errors import ClosedError
 from kvstore.frame import checksum
 from kvstore.hashing import Key
+from kvstore.histogram import AGE_BOUNDS_S, LATENCY_BOUNDS_S, Histogram
 from kvstore.identity import Namespace
 from kvstore.planner import LinearCost
 from kvstore.policy import Rows
@@ -60,6 +61,11 @@ class Hub:
         self.hits: Counter[str] = Counter()
         self.misses: Counter[str] = Counter()
         self.costs = {NVME: LinearCost()}
+        # A block each: from asked for to in RAM, from committed to safe below, and how long
+        # unused when it had to make room.
+        self.promotion_s = Histogram(LATENCY_BOUNDS_S)
+        self.demotion_s = Histogram(LATENCY_BOUNDS_S)
+        self.eviction_age_s = Histogram(AGE_BOUNDS_S)
         self.namespaces: dict[bytes, Namespace] = {}  # of what was committed here
         # Keys of released leases, for the recency of the lower tier.
         self.used: deque[Sequence[Key]] = deque(maxlen=0 if lower is None else USED_REMEMBERED)
@@ -104,6 +110,7 @@ class Hub:
             victims = slots.victims(nbytes, missing, priority, now_s, set(keep))
             if not len(victims):
                 break
+            self.eviction_age_s.add_all(self.clock.monotonic_s() - slots.index.used_s[victims])
             slots.free(victims)
             rows = np.concatenate([rows, slots.reserve(nbytes, missing)])
         return rows
@@ -133,7 +140,12 @@ class Hub:
         self.namespaces.setdefault(fingerprint, namespace)
         if self.damaged:
             self.damaged.difference_update(keys)
+        self.mark_used_locked(rows)
         return self.slots.commit(rows, Batch(fingerprint, keys, parents, priority, ttl_s))
+
+    def mark_used_locked(self, rows: Rows) -> None:
+        """These rows are in use now; their age at eviction is counted from here."""
+        self.slots.index.used_s[rows] = self.clock.monotonic_s()
 
     def sums(self, rows: Collection[int]) -> dict[int, int]:
         """Checksums of rows that nobody else can change (reserved, or pinned)."""

@@ -62,6 +62,7 @@ class Index:
         self.ttl_s: NDArray[np.float64] = np.zeros(rows)
         self.expires_s: NDArray[np.float64] = np.zeros(rows)
         self.rank: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
+        self.used_s: NDArray[np.float64] = np.zeros(rows)  # last use, by the owner's clock
         self._mark: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         self._free = list(range(rows - 1, -1, -1))
 

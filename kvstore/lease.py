@@ -183,6 +183,8 @@ class Lease:
                 hub.hits[RAM] += len(self._rows)
             else:
                 hub.hits.update(self._sources)
+            block_bytes = self._chain.namespace.layout.block_bytes
+            hub.counters["served_bytes"] += len(self._rows) * block_bytes
             if self._miss is not None:
                 hub.misses[self._miss.value] += len(self._chain) - len(self._rows)
         self._views = []

@@ -75,13 +75,13 @@ class Promotions:
         step = max(1, self._hub.bounds.transfer_bytes // nbytes)
         parts = [fills[i : i + step] for i in range(0, len(fills), step)]
         started_s, before_bytes = self._hub.clock.monotonic_s(), self._read_bytes
-        await asyncio.gather(*(self._read(namespace, part) for part in parts))
+        await asyncio.gather(*(self._read(namespace, part, started_s) for part in parts))
         # What was read meanwhile for others took its share of the time, so it counts as well.
         if self._read_bytes > before_bytes:
             elapsed_s = self._hub.clock.monotonic_s() - started_s
             self._hub.costs[NVME].observe(1.0, float(self._read_bytes - before_bytes), elapsed_s)
 
-    async def _read(self, namespace: Namespace, fills: list[Fill]) -> None:
+    async def _read(self, namespace: Namespace, fills: list[Fill], asked_s: float) -> None:
         rows = np.array([fill.row for fill in fills], dtype=np.int64)
 
         async def read() -> list[ReadResult]:
@@ -95,7 +95,8 @@ class Promotions:
             return results
 
         async with self._turns:
-            in_time = await self._transfers.run(read, partial(self._land, namespace, fills, rows))
+            landed = partial(self._land, namespace, fills, rows, asked_s)
+            in_time = await self._transfers.run(read, landed)
         if not in_time:
             with self._hub.lock:
                 for fill in fills:
@@ -104,7 +105,12 @@ class Promotions:
                 self._hub.notify_locked()
 
     def _land(
-        self, namespace: Namespace, fills: list[Fill], rows: Rows, results: list[ReadResult] | None
+        self,
+        namespace: Namespace,
+        fills: list[Fill],
+        rows: Rows,
+        asked_s: float,
+        results: list[ReadResult] | None,
     ) -> None:
         """The tier is done with the slots: publish what has come, give back the others."""
         hub = self._hub
@@ -130,7 +136,9 @@ class Promotions:
                     if result.miss is Miss.CHECKSUM:
                         hub.remember_damaged_locked(fill.key)
             hub.slots.free(np.array(unused, dtype=np.int64))
+            took_s = hub.clock.monotonic_s() - asked_s
             for (priority, expires_s), group in by_claim.items():
+                hub.promotion_s.add(took_s, len(group))
                 self._publish_locked(namespace, group, priority, expires_s)
             hub.notify_locked()
 
@@ -152,6 +160,7 @@ class Promotions:
         waited = [fill.row for fill in fills for _ in range(fill.waiters)]
         hub.slots.pin(np.array(waited, dtype=np.int64))
         hub.counters["promoted_blocks"] += len(fills)
+        hub.counters["promoted_bytes"] += len(fills) * namespace.layout.block_bytes
 
     def check_invariants_locked(self) -> None:
         """Raises InvariantError unless the bytes in flight are those of the fills."""

@@ -96,6 +96,8 @@ class Reservation:
                 if ttl_s:
                     self._start_clocks_locked(won)
             hub.counters["committed_blocks"] += len(won)
+            block_bytes = chain.namespace.layout.block_bytes
+            hub.counters["committed_bytes"] += len(won) * block_bytes
             hub.counters["duplicate_blocks"] += len(keys) - len(won)
             self._committed(won)
         return len(won)

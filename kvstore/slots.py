@@ -38,6 +38,13 @@ class Batch(NamedTuple):
     ttl_s: float = 0.0  # 0: the priority never falls back
 
 
+class Usage(NamedTuple):
+    """What a namespace holds in one tier."""
+
+    blocks: int
+    nbytes: int
+
+
 class StoredBlocks(NamedTuple):
     """Blocks that survived a restart, as columns; least recently used first."""
 
@@ -94,6 +101,16 @@ class SlotTable:
     def namespace(self, row: int) -> bytes:
         """Fingerprint of the namespace of a resident row."""
         return self._namespaces[self.index.namespace.item(row)]
+
+    def usage(self) -> dict[bytes, Usage]:
+        """What each namespace holds. Takes milliseconds where there are millions of blocks."""
+        index = self.index
+        resident = np.flatnonzero(index.state == State.RESIDENT)
+        numbers = index.namespace[resident]
+        blocks = np.bincount(numbers, minlength=len(self._namespaces))
+        nbytes = np.bincount(numbers, index.nbytes[resident], len(self._namespaces))
+        columns = zip(self._namespaces, blocks.tolist(), nbytes.tolist(), strict=True)
+        return {name: Usage(count, int(total)) for name, count, total in columns if count}
 
     # ---- the life of a block
 

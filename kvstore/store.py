@@ -8,15 +8,17 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from kvstore.answers import NVME, Explanation, Probe, Stats
+from kvstore.answers import NVME, Explanation, NamespaceUsage, Probe, Stats
 from kvstore.background import BackgroundLoop
 from kvstore.below import Below
 from kvstore.clock import Clock, SystemClock
 from kvstore.ending import Ending
 from kvstore.hashing import Chain, Key
+from kvstore.histogram import Distribution
 from kvstore.hub import Bounds, Hub
 from kvstore.lease import PENDING, Fill, Lease
 from kvstore.lookup import Lookup
+from kvstore.measures import Measures
 from kvstore.planner import LinearCost
 from kvstore.policy import Rows
 from kvstore.reservation import Reservation
@@ -47,6 +49,7 @@ class BlockStore:
         self._loop = BackgroundLoop("kvstore-background")
         self._below = Below(self._hub, nvme, self._loop) if nvme is not None else None
         self._lookup = Lookup(self._hub, self._below)
+        self._measures = Measures(self._hub, self._below, self._lookup)
         self._ending = Ending(self._hub, self._below, self._loop)
 
     # ---- asking
@@ -77,19 +80,17 @@ class BlockStore:
 
     def stats(self) -> Stats:
         """Gauges and counters since `open`."""
-        hub = self._hub
-        nvme = {} if self._below is None else dict(self._below.tier.stats())
-        with hub.lock:
-            hub.check_open()
-            space = hub.slots.space
-            ram = {
-                "blocks": len(hub.slots),
-                "used_bytes": space.used_bytes,
-                "capacity_bytes": space.capacity_bytes,
-                "evicted_blocks": hub.slots.evicted_blocks,
-                "pinned_blocks": int((hub.slots.index.pins > 0).sum()),
-            }
-            return Stats(ram, nvme, dict(hub.hits), dict(hub.misses), dict(hub.counters))
+        return self._measures.stats()
+
+    def distributions(self) -> dict[str, Distribution]:
+        """Since `open`: `promotion_s` and `demotion_s`, a block each, and how long blocks that
+        made room had not been used: `ram_eviction_age_s`, `nvme_eviction_age_s`.
+        """
+        return self._measures.distributions()
+
+    def usage(self) -> list[NamespaceUsage]:
+        """Every namespace of which blocks were stored here. Milliseconds for a million blocks."""
+        return self._measures.usage()
 
     @property
     def load_costs(self) -> Mapping[str, LinearCost]:
@@ -314,6 +315,7 @@ class BlockStore:
     def _pin_locked(self, rows: Rows) -> None:
         self._hub.slots.pin(rows)
         self._hub.slots.touch(rows)
+        self._hub.mark_used_locked(rows)
 
     def _verify(self, lease: Lease, found: list[int | None]) -> None:
         """Cut the lease at the first RAM block whose bytes are not those committed."""

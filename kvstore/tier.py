@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from kvstore.hashing import Key
+from kvstore.histogram import Distribution
 from kvstore.identity import Namespace
-from kvstore.slots import SlotTable
+from kvstore.slots import SlotTable, Usage
 
 
 class Miss(enum.Enum):
@@ -188,4 +189,12 @@ class LocalTier(Tier, Protocol):
 
     def stats(self) -> Mapping[str, int]:
         """Counters and gauges, by name; units are the last word of the name."""
+        ...
+
+    def usage(self) -> Mapping[bytes, Usage]:
+        """Blocks and bytes held of each namespace, by fingerprint. No I/O."""
+        ...
+
+    def eviction_age_s(self) -> Distribution:
+        """How long blocks had not been used when they had to make room."""
         ...

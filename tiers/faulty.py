@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 from kvstore.errors import SettingsError, TierError
 from kvstore.hashing import Key
+from kvstore.histogram import Distribution
 from kvstore.identity import Namespace
+from kvstore.slots import Usage
 from kvstore.tier import (
     LocalTier,
     Miss,
@@ -183,3 +185,9 @@ class FaultyLocalTier(FaultyTier):
             **self._local.stats(),
             **{f"injected_{name}": count for name, count in self.injected.items()},
         }
+
+    def usage(self) -> Mapping[bytes, Usage]:
+        return self._local.usage()
+
+    def eviction_age_s(self) -> Distribution:
+        return self._local.eviction_age_s()

@@ -13,7 +13,9 @@ from typing import Literal, TypeVar
 from kvstore.admission import AdmissionRule, WriteBudget, admission_rule
 from kvstore.errors import ClosedError, SettingsError, TierError
 from kvstore.hashing import Key
+from kvstore.histogram import Distribution
 from kvstore.identity import Namespace
+from kvstore.slots import Usage
 from kvstore.tier import ReadRequest, ReadResult, WriteItem, WriteResult
 from kvstore.tiers.driver import DriverName, open_driver
 from kvstore.tiers.nvme_reads import read_blocks
@@ -163,6 +165,14 @@ class NvmeTier:
                 "o_direct": slab.file.direct,
                 "io_uring": self._driver.name == "uring",
             }
+
+    def usage(self) -> Mapping[bytes, Usage]:
+        with self._slab.lock:
+            return self._slab.table.slots.usage()
+
+    def eviction_age_s(self) -> Distribution:
+        with self._slab.lock:
+            return self._slab.table.eviction_age_s.read()
 
     def check_invariants(self) -> None:
         """Raises InvariantError unless memory and disk agree. Nothing else may be running."""

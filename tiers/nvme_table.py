@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from kvstore.errors import InvariantError
 from kvstore.frame import RECORD_DTYPE, Records, names
 from kvstore.hashing import Key
+from kvstore.histogram import AGE_BOUNDS_S, Histogram
 from kvstore.index import State
 from kvstore.policy import Rows
 from kvstore.slots import Batch, SlotTable, StoredBlocks
@@ -28,6 +29,7 @@ class BlockTable:
     def __init__(self, slab_bytes: int, max_blocks: int) -> None:
         self.slots = SlotTable(slab_bytes)
         self.max_blocks = max_blocks
+        self.eviction_age_s = Histogram(AGE_BOUNDS_S)  # since the last use, of what made room
         self._reserved = 0
         self._records: NDArray[np.void] = np.zeros(0, RECORD_DTYPE)
         self._touched: NDArray[np.bool_] = np.zeros(0, dtype=bool)
@@ -139,7 +141,9 @@ class BlockTable:
 
         At least one if there is one at all, be it bytes or rows that are short.
         """
-        return self.slots.victims(nbytes, count, priority, now_s, keep)
+        rows = self.slots.victims(nbytes, count, priority, now_s, keep)
+        self.eviction_age_s.add_all(now_s - self._records["last_use_s"][rows])
+        return rows
 
     def condemn(self, rows: Iterable[int]) -> Rows:
         """RESIDENT -> EVICTING, where nobody is reading; the others follow with `unpin`."""
