@@ -48,6 +48,10 @@ class ClosedError(KVStoreError):
     """A verb was called on a store, lease or reservation that is already closed."""
 
 
+class FallenBehindError(KVStoreError):
+    """Events that a reader asks for are no longer kept: it needs a snapshot to go on."""
+
+
 class TierError(KVStoreError):
     """A tier failed as a whole; the store goes on without it and counts the reason."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import compress, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,17 @@ class StoredBlocks(NamedTuple):
     expires_s: NDArray[np.float64]
 
 
+class Listener(Protocol):
+    """Told what becomes visible and invisible, as it does. Called under the owner's lock.
+
+    The sequences are not changed any more; keep them if you like.
+    """
+
+    def stored(self, namespace: bytes, keys: Sequence[Key], parents: Sequence[Key]) -> None: ...
+
+    def removed(self, namespace: bytes, keys: Sequence[Key]) -> None: ...
+
+
 class SlotTable:
     """Extents, rows and eviction order of one tier. Not thread-safe: the owner locks.
 
@@ -68,6 +79,7 @@ class SlotTable:
         self.index = Index()
         self.space = ExtentAllocator(capacity_bytes)
         self.policy: EvictionPolicy = policy or Lru()
+        self.listener: Listener | None = None
         self.evicted_blocks = 0
         self.protected_bytes: Counter[int] = Counter()  # namespace id -> above default priority
         self._namespace_ids: dict[bytes, int] = {}
@@ -111,6 +123,10 @@ class SlotTable:
         nbytes = np.bincount(numbers, index.nbytes[resident], len(self._namespaces))
         columns = zip(self._namespaces, blocks.tolist(), nbytes.tolist(), strict=True)
         return {name: Usage(count, int(total)) for name, count, total in columns if count}
+
+    def fingerprints(self) -> list[bytes]:
+        """Of the namespaces seen, by the number that stands for each in the `namespace` column."""
+        return self._namespaces.copy()
 
     # ---- the life of a block
 
@@ -280,6 +296,8 @@ class SlotTable:
         if batch.priority > DEFAULT_PRIORITY:
             self.protected_bytes[number] += int(index.nbytes[rows].sum())
         self._order.admit(listed, batch.keys, batch.parents)
+        if self.listener is not None and listed:
+            self.listener.stored(batch.namespace, batch.keys, batch.parents)
 
     def _forget(self, rows: Rows, listed: list[int]) -> None:
         """Take rows that have become EVICTING out of every view but space and order."""
@@ -296,6 +314,18 @@ class SlotTable:
         for row in rows[index.priority[rows] > DEFAULT_PRIORITY].tolist():
             self.protected_bytes[index.namespace.item(row)] -= index.nbytes.item(row)
         self.evicted_blocks += len(listed)
+        if self.listener is not None and gone:
+            self._tell_removed(self.listener, rows, gone)
+
+    def _tell_removed(self, listener: Listener, rows: Rows, keys: list[Key]) -> None:
+        numbers = self.index.namespace[rows]
+        first = numbers.item(0)
+        if (numbers == first).all():
+            listener.removed(self._namespaces[first], keys)
+            return
+        for number in np.unique(numbers).tolist():
+            own = (numbers == number).tolist()
+            listener.removed(self._namespaces[number], list(compress(keys, own)))
 
     def _number_of(self, namespace: bytes) -> int:
         number = self._namespace_ids.setdefault(namespace, len(self._namespaces))

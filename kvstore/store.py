@@ -13,6 +13,7 @@ from kvstore.background import BackgroundLoop
 from kvstore.below import Below
 from kvstore.clock import Clock, SystemClock
 from kvstore.ending import Ending
+from kvstore.feed import Feed
 from kvstore.hashing import Chain, Key
 from kvstore.histogram import Distribution
 from kvstore.hub import Bounds, Hub
@@ -52,6 +53,7 @@ class BlockStore:
         self._measures = Measures(self._hub, self._below, self._lookup)
         self._ending = Ending(self._hub, self._below, self._loop)
 
+        self.feed = Feed([ram] if nvme is None else [ram, nvme])
     # ---- asking
 
     def probe(self, chain: Chain) -> Probe:
@@ -273,6 +275,7 @@ class BlockStore:
         self.close()
 
     def check_invariants(self) -> None:
+            self.feed.close()
         """Raises InvariantError where the store's own state contradicts itself."""
         hub = self._hub
         with hub.lock:

@@ -157,7 +157,16 @@ class HubTier(Tier, Protocol):
 
 
 class LocalTier(Tier, Protocol):
-    """A tier of this machine, whose metadata can be asked without I/O, from any thread."""
+    """A tier of this machine, whose metadata can be asked without I/O, from any thread.
+
+    `slots` says what is held, and is touched only under `lock`.
+    """
+
+    @property
+    def slots(self) -> SlotTable: ...
+
+    @property
+    def lock(self) -> threading.Lock: ...
 
     def peek(self, keys: Sequence[Key]) -> list[bool]:
         """Whether each key would be found now. Microseconds, no I/O, no side effect."""

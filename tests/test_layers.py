@@ -56,7 +56,7 @@ LAYERS = {
     "pure": Layer(
         "identity hashing layout allocator index policy retention planner codec slots "
         "quantities answers breaker admission eviction expiry rowheap tenant "
-        "histogram",
+        "histogram events",
         "errors",
         pure=True,
     ),
@@ -71,8 +71,8 @@ LAYERS = {
     "hbm": Layer("tiers.hbm", "errors pure kernels tiers"),
     "store": Layer(
         "store below hub lease reservation promotion demotion background transfer errands lookup "
-        "ending measures",
-        "errors pure clock tier",
+        "ending feed measures store_inventory",
+        "errors pure clock tier verbs",
     ),
     "client": Layer("client", "errors pure clock tier verbs wire machine"),
     "engine": Layer("engine", "errors pure clock tier verbs kernels tiers hbm"),

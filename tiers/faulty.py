@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from kvstore.errors import SettingsError, TierError
 from kvstore.hashing import Key
 from kvstore.histogram import Distribution
 from kvstore.identity import Namespace
-from kvstore.slots import Usage
+from kvstore.slots import SlotTable, Usage
 from kvstore.tier import (
     LocalTier,
     Miss,
@@ -161,6 +162,14 @@ class FaultyLocalTier(FaultyTier):
         return self._local.peek(keys)
 
     def was_evicted(self, key: Key) -> bool:
+    @property
+    def slots(self) -> SlotTable:
+        return self._local.slots
+
+    @property
+    def lock(self) -> threading.Lock:
+        return self._local.lock
+
         return self._local.was_evicted(key)
 
     def namespaces(self) -> Mapping[bytes, Namespace]:

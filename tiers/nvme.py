@@ -15,8 +15,8 @@ from kvstore.errors import ClosedError, SettingsError, TierError
 from kvstore.hashing import Key
 from kvstore.histogram import Distribution
 from kvstore.identity import Namespace
-from kvstore.slots import Usage
-from kvstore.tier import ReadRequest, ReadResult, WriteItem, WriteResult
+from kvstore.slots import SlotTable, Usage
+from kvstore.tier import Checked, ReadRequest, ReadResult, WriteItem, WriteResult
 from kvstore.tiers.driver import DriverName, open_driver
 from kvstore.tiers.nvme_reads import read_blocks
 from kvstore.tiers.nvme_records import Durability, RecordError
@@ -118,6 +118,14 @@ class NvmeTier:
 
     def peek(self, keys: Sequence[Key]) -> list[bool]:
         with self._slab.lock:
+    @property
+    def slots(self) -> SlotTable:
+        return self._slab.table.slots
+
+    @property
+    def lock(self) -> threading.Lock:
+        return self._slab.lock
+
             return [row is not None for row in self._slab.table.find(keys)]
 
     def was_evicted(self, key: Key) -> bool:
