@@ -71,8 +71,8 @@ LAYERS = {
     "hbm": Layer("tiers.hbm", "errors pure kernels tiers"),
     "store": Layer(
         "store below hub lease reservation promotion demotion background transfer errands lookup "
-        "ending feed measures store_inventory",
-        "errors pure clock tier verbs",
+        "ending feed measures",
+        "errors pure clock tier",
     ),
     "client": Layer("client", "errors pure clock tier verbs wire machine"),
     "engine": Layer("engine", "errors pure clock tier verbs kernels tiers hbm"),

@@ -16,7 +16,7 @@ from kvstore.hashing import Key
 from kvstore.histogram import Distribution
 from kvstore.identity import Namespace
 from kvstore.slots import SlotTable, Usage
-from kvstore.tier import Checked, ReadRequest, ReadResult, WriteItem, WriteResult
+from kvstore.tier import ReadRequest, ReadResult, WriteItem, WriteResult
 from kvstore.tiers.driver import DriverName, open_driver
 from kvstore.tiers.nvme_reads import read_blocks
 from kvstore.tiers.nvme_records import Durability, RecordError
