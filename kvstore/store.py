@@ -52,8 +52,8 @@ class BlockStore:
         self._lookup = Lookup(self._hub, self._below)
         self._measures = Measures(self._hub, self._below, self._lookup)
         self._ending = Ending(self._hub, self._below, self._loop)
-
         self.feed = Feed([ram] if nvme is None else [ram, nvme])
+
     # ---- asking
 
     def probe(self, chain: Chain) -> Probe:
@@ -266,6 +266,7 @@ class BlockStore:
             if hub.closed:
                 return
             hub.closed = True
+            self.feed.close()
         self._ending.close(timeout_s)
 
     def __enter__(self) -> BlockStore:
@@ -275,7 +276,6 @@ class BlockStore:
         self.close()
 
     def check_invariants(self) -> None:
-            self.feed.close()
         """Raises InvariantError where the store's own state contradicts itself."""
         hub = self._hub
         with hub.lock:

@@ -158,10 +158,6 @@ class FaultyLocalTier(FaultyTier):
         super().__init__(tier, faults, sleep)
         self._local = tier
 
-    def peek(self, keys: Sequence[Key]) -> list[bool]:
-        return self._local.peek(keys)
-
-    def was_evicted(self, key: Key) -> bool:
     @property
     def slots(self) -> SlotTable:
         return self._local.slots
@@ -170,6 +166,10 @@ class FaultyLocalTier(FaultyTier):
     def lock(self) -> threading.Lock:
         return self._local.lock
 
+    def peek(self, keys: Sequence[Key]) -> list[bool]:
+        return self._local.peek(keys)
+
+    def was_evicted(self, key: Key) -> bool:
         return self._local.was_evicted(key)
 
     def namespaces(self) -> Mapping[bytes, Namespace]:

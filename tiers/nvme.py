@@ -116,8 +116,6 @@ class NvmeTier:
 
     # ---- what a local tier can say and do besides
 
-    def peek(self, keys: Sequence[Key]) -> list[bool]:
-        with self._slab.lock:
     @property
     def slots(self) -> SlotTable:
         return self._slab.table.slots
@@ -126,6 +124,8 @@ class NvmeTier:
     def lock(self) -> threading.Lock:
         return self._slab.lock
 
+    def peek(self, keys: Sequence[Key]) -> list[bool]:
+        with self._slab.lock:
             return [row is not None for row in self._slab.table.find(keys)]
 
     def was_evicted(self, key: Key) -> bool:
