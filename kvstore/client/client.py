@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +15,7 @@ from kvstore import wire
 from kvstore.answers import NVME, Explanation, Probe, Stats
 from kvstore.client.address import Address
 from kvstore.client.lease import ClientLease, NoLease
-from kvstore.client.link import Link
+from kvstore.client.link import Link, tiers
 from kvstore.client.reservation import ClientReservation, NoReservation
 from kvstore.errors import ClosedError, ConnectionLostError, KVStoreError, WireError
 from kvstore.hashing import Chain
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LONGEST_S = 1e9  # that the protocol can say
 DEADLINE_S = 5.0  # of an acquire that names none; as the store's own
 FIRST_RETRY_S, LAST_RETRY_S = 0.05, 2.0  # between attempts to reach a daemon that is away
 
@@ -42,21 +45,25 @@ class StoreClient:
         """Tries to connect once, for `timeout_s` at most, which also bounds every reply.
 
         An absent daemon is not an error. Raises RightsError or WireError where there is one
-        that does not want us, or speaks another version.
+        that does not want us, or speaks another version, RequestError where it has no room.
         """
+        self._pid = os.getpid()
         self._address = address
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._reconnecting: threading.Thread | None = None
         self._link: Link | None = None
+        self._past: list[Link] = []  # lost, of which something is still held
         self._queued: dict[str, int] = {}
         self._missed_blocks = 0  # asked for while the daemon was away
+        self._why_away = ""
         self.load_costs: Mapping[str, LinearCost] = {NVME: LinearCost()}
         try:
             self._link = Link(address, timeout_s)
         except ConnectionLostError as error:
             log.warning("%s; going on without it", error)
+            self._why_away = str(error)
             self._reconnect_locked()
 
     @property
@@ -67,27 +74,32 @@ class StoreClient:
     # ---- asking
 
     def probe(self, chain: Chain) -> Probe:
-        probed = self._ask(lambda link: link.ask(wire.ProbeChain, chain))
-        if probed is None:
-            return Probe([None] * len(chain))
-        self._queued = {NVME: probed.queued_bytes}
-        self.load_costs = {
-            NVME: LinearCost.of(probed.latency_s, probed.s_per_byte, probed.observations)
-        }
-        return Probe([wire.TIERS[number] for number in probed.tiers])
+        def probe(link: Link) -> Probe:
+            probed = link.ask(wire.ProbeChain, chain)
+            found = tiers(probed.tiers)
+            if len(found) != len(chain):
+                raise WireError("the daemon did not answer what it was asked")
+            self._queued = {NVME: probed.queued_bytes}
+            self.load_costs = {
+                NVME: LinearCost.of(probed.latency_s, probed.s_per_byte, probed.observations)
+            }
+            return Probe(found)
+
+        return self._ask(probe) or Probe([None] * len(chain))
 
     def explain(self, chain: Chain) -> Explanation:
-        answered = self._ask(lambda link: link.ask(wire.Explain, chain))
-        if answered is None:
-            return Explanation(len(chain), 0, 0, Miss.BREAKER.value, False)
-        return Explanation(**answered.fields)
+        def explain(link: Link) -> Explanation:
+            answer = _value(Explanation, link.ask(wire.Explain, chain))
+            pairs = {name: tuple(pair) for name, pair in answer.differences.items()}
+            return dataclasses.replace(answer, differences=pairs)
+
+        away = Explanation(len(chain), 0, 0, Miss.BREAKER.value, False)
+        return self._ask(explain) or away
 
     def stats(self) -> Stats:
         """The daemon's; empty while it is away, but for what was missed meanwhile."""
-        answered = self._ask(lambda link: link.ask_alone(wire.GetStats))
-        if answered is None:
-            return Stats({}, {}, {}, {Miss.BREAKER.value: self._missed_blocks}, {})
-        return Stats(**answered.fields)
+        away = Stats({}, {}, {}, {Miss.BREAKER.value: self._missed_blocks}, {})
+        return self._ask(lambda link: _value(Stats, link.ask_alone(wire.GetStats))) or away
 
     def queued_bytes(self) -> Mapping[str, int]:
         """As of the last probe."""
@@ -96,7 +108,7 @@ class StoreClient:
     # ---- reading
 
     def acquire(self, chain: Chain, *, deadline_s: float | None = None) -> Lease:
-        deadline_s = DEADLINE_S if deadline_s is None else deadline_s
+        deadline_s = DEADLINE_S if deadline_s is None else min(max(deadline_s, 0.0), LONGEST_S)
         until_s = time.monotonic() + deadline_s
         leases: list[ClientLease] = []
 
@@ -109,8 +121,10 @@ class StoreClient:
 
             return link.ask(wire.Acquire, chain, lease, deadline_s=deadline_s)
 
-        if self._ask(acquire) is None or not leases:
-            self._missed_blocks += len(chain)
+        self._ask(acquire)
+        if not leases:
+            with self._lock:
+                self._missed_blocks += len(chain)
             return NoLease()
         return leases[0]
 
@@ -123,19 +137,28 @@ class StoreClient:
     def reserve(self, chain: Chain, *, retention: Retention | None = None) -> Reservation:
         asked = retention or Retention()
 
-        def reserve(link: Link) -> Reservation:
-            reply = link.ask(wire.Reserve, chain, priority=asked.priority, ttl_s=asked.ttl_s)
-            return ClientReservation(link, chain.namespace.layout.block_bytes, reply)
+        taken: list[ClientReservation] = []
 
-        return self._ask(reserve) or NoReservation()
+        def reserve(link: Link) -> Any:
+            block_bytes = chain.namespace.layout.block_bytes
+
+            def take(reply: wire.Reply) -> None:
+                if isinstance(reply, wire.Reserved):
+                    taken.append(ClientReservation(link, block_bytes, reply))
+
+            return link.ask(
+                wire.Reserve, chain, take, priority=asked.priority, ttl_s=_bounded(asked.ttl_s)
+            )
+
+        self._ask(reserve)
+        return taken[0] if taken else NoReservation()
 
     def retain(self, chain: Chain, retention: Retention) -> Retained:
-        answered = self._ask(
-            lambda link: link.ask(
-                wire.Retain, chain, priority=retention.priority, ttl_s=retention.ttl_s
-            )
-        )
-        return Retained(0, 0, 0, len(chain)) if answered is None else Retained(**answered.fields)
+        def retain(link: Link) -> Retained:
+            priority, ttl_s = retention.priority, _bounded(retention.ttl_s)
+            return _value(Retained, link.ask(wire.Retain, chain, priority=priority, ttl_s=ttl_s))
+
+        return self._ask(retain) or Retained(0, 0, 0, len(chain))
 
     def evict(self, chain: Chain) -> int:
         counted = self._ask(lambda link: link.ask(wire.Evict, chain))
@@ -149,7 +172,9 @@ class StoreClient:
         while True:
             left_s = wire.FLUSH_S if until_s is None else until_s - time.monotonic()
             counted = self._ask(
-                partial(Link.ask_alone, kind=wire.Flush, timeout_s=max(0.0, left_s))
+                partial(
+                    Link.ask_alone, kind=wire.Flush, timeout_s=min(max(0.0, left_s), wire.FLUSH_S)
+                )
             )
             if counted is None:
                 return False
@@ -160,13 +185,18 @@ class StoreClient:
 
     def close(self) -> None:
         """End the connection; leases stay readable until released. May be called twice."""
+        if os.getpid() != self._pid:  # its locks may be held by threads that only the parent has
+            if self._link is not None:
+                self._link.connection.close()
+            return
         with self._lock:
             self._closing.set()
             link, self._link = self._link, None
+            past, self._past = self._past, []
             reconnecting = self._reconnecting
-        if link is not None:
-            link.settle()
-            link.retire()
+        for each in (*past, *([] if link is None else [link])):
+            each.settle()
+            each.retire()
         if reconnecting is not None:
             reconnecting.join()
 
@@ -176,12 +206,31 @@ class StoreClient:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def check_connected(self) -> None:
+        """Raises ConnectionLostError while the daemon is away, for those who cannot go on so."""
+        if not self.is_connected:
+            raise ConnectionLostError(self._why_away or f"{self._address} cannot be reached")
+
+    def ask(self, kind: type[Any], **fields: Any) -> Any:
+        """The reply to a request about the daemon itself.
+
+        Raises ConnectionLostError while it is away, and what it refuses.
+        """
+        answered = self._ask(lambda link: link.ask_alone(kind, **fields))
+        if answered is None:
+            self.check_connected()
+        return answered
+
     # ---- inside
 
     def _ask(self, ask: Callable[[Link], T]) -> T | None:
         """What the daemon answers, or None where it is away. Raises what it refuses."""
+        if os.getpid() != self._pid:
+            raise ClosedError("the client belongs to the parent process; connect again")
         if self._closing.is_set():
             raise ClosedError("the client is closed; connect again")
+        if self._past:
+            self._settle_past()
         link = self._link
         if link is None:
             return None
@@ -199,10 +248,19 @@ class StoreClient:
         """The daemon is away. Leases on the link stay what they are; nothing new is asked there."""
         with self._lock:
             if self._link is link:
-                log.warning("%s: %s; going on without it", self._address, link.connection.lost)
+                self._why_away = f"{self._address}: {link.connection.lost}"
+                log.warning("%s; going on without it", self._why_away)
                 self._link = None
+                self._past.append(link)
                 self._reconnect_locked()
         link.retire()
+
+    def _settle_past(self) -> None:
+        """What was leased before the daemon was lost goes back like everything else."""
+        for link in self._past.copy():
+            link.settle()
+        with self._lock:
+            self._past = [link for link in self._past if link.is_held]
 
     def _reconnect_locked(self) -> None:
         if not self._closing.is_set():
@@ -226,3 +284,16 @@ class StoreClient:
                     log.info("%s: connected again", self._address)
                     return
             link.retire()
+
+
+def _value(kind: Callable[..., T], answered: wire.Answered) -> T:
+    """The answer as what it is here. Raises WireError."""
+    try:
+        return kind(**answered.fields)
+    except TypeError as error:
+        raise WireError(f"the daemon answers otherwise than expected: {error}") from error
+
+
+def _bounded(ttl_s: float | None) -> float | None:
+    """As long as can be said; the daemon has a limit of its own, far below."""
+    return None if ttl_s is None else min(ttl_s, LONGEST_S)

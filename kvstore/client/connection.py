@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import select
@@ -15,14 +16,15 @@ from kvstore import wire
 from kvstore.errors import ConnectionLostError, KVStoreError, WireError
 
 RECEIVE_BYTES = 256 << 10
+LONGEST_POLL_S = 3600.0  # a longer one would not fit into the system call's argument
 
 
 class Connection:
     """Requests and their replies, in any order, and what the daemon says unasked.
 
-    `turn` guards all that replies change; conditions and `pushed` run with it held. Once
-    lost, a connection stays so. Its socket is open until `close`, because the daemon takes
-    that, and nothing less, for the end of every lease.
+    `turn` guards all that replies change; conditions and `pushed`, which hears what nobody
+    waits for, run with it held. Once lost, a connection stays so. Its socket is open until
+    `close`, because the daemon takes that, and nothing less, for the end of every lease.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class Connection:
         self._timeout_s = timeout_s
         self._pushed = pushed
         self._sending = threading.Lock()
+        self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
+        self._poll.register(self._waker, select.POLLIN)
         self._numbers = itertools.count(1)
         self._replies: dict[int, wire.Reply | None] = {}  # of requests whose senders wait
         self._takers: dict[int, Callable[[wire.Reply], None]] = {}  # told before any later message
@@ -87,9 +91,11 @@ class Connection:
             self._check()
             try:
                 self._socket.sendall(frame)
-            except OSError as error:
-                # Half a frame may have gone out; nothing may follow it.
+            except BaseException as error:
+                # Half a frame may have gone out, also on Ctrl-C; nothing may follow it.
                 self.lose(f"cannot be sent to: {error}")
+                if not isinstance(error, OSError):
+                    raise
                 self._check()
 
     def wait(self, condition: Callable[[], bool], until_s: float) -> bool:
@@ -115,14 +121,46 @@ class Connection:
         with self.turn:
             if self.lost is None:
                 self.lost = why
-            self.turn.notify_all()
+                self.wake_locked()
+
+    def wake_locked(self) -> None:
+        """Have all who wait look at their conditions again."""
+        self.turn.notify_all()
+        if self._is_read:
+            os.eventfd_write(self._waker, 1)
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process was forked from the one whose connection it is."""
+        return os.getpid() != self._pid
 
     def close(self) -> None:
+        """Tell the daemon that nobody reads its memory any more. May be called twice.
+
+        The socket's number may be another file's right after, so nobody is left at it.
+        """
+        if self.is_inherited:  # the parent goes on, and its threads have all locks
+            self._socket.close()
+            return
         self.lose("closed")
-        self._socket.close()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        with self._sending, self.turn:
+            while self._is_read:
+                self.turn.wait()
+            self._give_back()
+
+    def __del__(self) -> None:
+        self._give_back()  # nobody has closed it: the last lease and the client were both lost
+
+    def _give_back(self) -> None:
+        waker, self._waker = getattr(self, "_waker", -1), -1
+        if waker >= 0:
+            self._socket.close()
+            os.close(waker)
 
     def _check(self) -> None:
-        if os.getpid() != self._pid:
+        if self.is_inherited:
             raise ConnectionLostError("this connection belongs to the parent process")
         if self.lost is not None:
             raise ConnectionLostError(f"the daemon is away: {self.lost}")
@@ -134,29 +172,33 @@ class Connection:
         data: bytes | None = None
         why = ""
         try:
-            if self._poll.poll(timeout_s * 1000):
-                data = self._socket.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
-                why = "it has closed the connection"
+            for file, _ in self._poll.poll(min(timeout_s, LONGEST_POLL_S) * 1000):
+                if file == self._waker:
+                    os.eventfd_read(file)
+                else:
+                    data = self._socket.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+                    why = "it has closed the connection"
         except (BlockingIOError, InterruptedError):
             pass
         except (OSError, ValueError) as error:
             data, why = b"", f"cannot be heard: {error}"
-        finally:
+        finally:  # also on Ctrl-C: others wait for their replies
             self.turn.acquire()
             self._is_read = False
+            self.turn.notify_all()
         if data:
             self._take(data)
         elif data is not None:
             self.lose(why)
-        self.turn.notify_all()
         return bool(data)
 
     def _take(self, data: bytes) -> None:
+        """Hear all whole messages; none once lost, for what is leased then has no owner."""
         received = self._received
         received += data
         start = 0
         try:
-            while len(received) - start >= wire.LENGTH_BYTES:
+            while self.lost is None and len(received) - start >= wire.LENGTH_BYTES:
                 body = start + wire.LENGTH_BYTES
                 end = body + wire.body_bytes(received[start:body])
                 if len(received) < end:
@@ -175,7 +217,7 @@ class Connection:
             self._replies[seq] = reply
             if taker := self._takers.get(seq):
                 taker(reply)
-        elif not seq:
+        else:
             self._pushed(reply)
 
 

@@ -7,10 +7,11 @@ import time
 from collections.abc import Generator
 from types import TracebackType
 from typing import Any, Self
+from weakref import ref
 
 from kvstore import wire
-from kvstore.client.link import Link
-from kvstore.errors import ClosedError
+from kvstore.client.link import Link, tiers
+from kvstore.errors import ClosedError, WireError
 from kvstore.tier import Miss
 
 # How much later than its deadline a lease may hear of it from a daemon that works.
@@ -27,18 +28,26 @@ class ClientLease:
     def __init__(
         self, link: Link, block_bytes: int, leased: wire.Leased, deadline_s: float
     ) -> None:
-        """`turn` of the link's connection is held; `deadline_s` by this process's monotonic."""
+        """`turn` of the link's connection is held; `deadline_s` by this process's monotonic.
+
+        Raises WireError.
+        """
+        self._is_held = False  # an empty lease is nothing to the daemon
         self._link = link
         self._block_bytes = block_bytes
         self._number = leased.lease
-        self._sources = leased.sources
+        self._sources = tiers(leased.sources)
         self._blocks = len(leased.sources)
         self._miss = _miss(leased.miss)
         self._deadline_s = deadline_s
-        self._places = link.places(leased.offsets, block_bytes)  # of the blocks that are ready
+        self._places: list[slice] = []  # in the arena, of the blocks that are ready
         self._views: list[memoryview] = []  # of those that were asked for
+        self._is_cut = False  # nothing more comes
         self._released = False
-        link.leases[self._number] = self
+        self._more(leased.offsets, self._blocks)
+        if self._blocks:
+            self._is_held = True
+            link.leases[self._number] = ref(self)
 
     def __len__(self) -> int:
         return self._blocks
@@ -49,7 +58,7 @@ class ClientLease:
 
     @property
     def sources(self) -> list[str]:
-        return [wire.TIERS[number] or "" for number in self._sources[: self._blocks]]
+        return [source or "" for source in self._sources[: self._blocks]]
 
     def ready(self) -> int:
         if len(self._places) < self._blocks:
@@ -64,10 +73,7 @@ class ClientLease:
         if timeout_s is not None:
             give_up_s = min(give_up_s, time.monotonic() + timeout_s)
         self._link.connection.wait(
-            lambda: (
-                len(self._places) >= (self._blocks if n is None else min(n, self._blocks))
-                or self._released
-            ),
+            lambda: len(self._places) >= (self._blocks if n is None else min(n, self._blocks)),
             give_up_s,
         )
         self._cut_if_over()
@@ -78,7 +84,10 @@ class ClientLease:
 
     @property
     def views(self) -> list[memoryview]:
-        """Read-only; owned by the daemon's arena. Raises ClosedError after release."""
+        """Read-only; owned by the daemon's arena. Raises ClosedError after release.
+
+        Keep the lease as long as its views: a lost one is released by the next verb.
+        """
         ready = self.ready()
         if self._released:
             raise ClosedError("the lease was released; its blocks may no longer be read")
@@ -94,14 +103,25 @@ class ClientLease:
             if self._released:
                 return
             self._released = True
-            self._places, self._views = [], []
-            self._blocks = 0
-        self._link.let_go(self._number)
+            self._views = []
+            if len(self._places) < self._blocks:
+                # The owner did not want to wait any longer: to it, the tier was too slow.
+                self._cut_locked(Miss.TOO_SLOW)
+                self._link.connection.wake_locked()
+        if self._is_held:
+            self._link.let_go(wire.Release(self._number))
 
     def progress_locked(self, progress: wire.Progress) -> None:
-        """The daemon says what has become ready, and where the lease ends now."""
-        self._places = self._places + self._link.places(progress.offsets, self._block_bytes)
-        self._blocks = max(progress.blocks, len(self._places))
+        """The daemon says what has become ready, and where the lease ends now.
+
+        Raises WireError.
+        """
+        if self._is_cut:
+            return
+        if progress.blocks > self._blocks:
+            raise WireError("the daemon makes a lease longer")
+        self._more(progress.offsets, progress.blocks)
+        self._blocks = progress.blocks
         self._miss = _miss(progress.miss)
 
     def __enter__(self) -> Self:
@@ -117,8 +137,19 @@ class ClientLease:
 
     def __del__(self) -> None:
         # The collector may run while this very thread holds `turn`: only leave word.
-        if not getattr(self, "_released", True):
-            self._link.abandoned.append(self._number)
+        if self._is_held and not self._released:
+            self._link.abandoned.append(wire.Release(self._number))
+
+    def _more(self, offsets: bytes, blocks: int) -> None:
+        """Blocks have become ready, of `blocks` at most."""
+        places = self._places + self._link.places(offsets, self._block_bytes)
+        if len(places) > blocks:
+            raise WireError("the daemon has more blocks ready than are leased")
+        self._places = places
+
+    def _cut_locked(self, miss: Miss) -> None:
+        self._is_cut = True
+        self._blocks, self._miss = len(self._places), miss
 
     def _cut_if_over(self) -> None:
         """What has not come, and will not: the daemon is lost, or late beyond all deadlines."""
@@ -127,9 +158,9 @@ class ClientLease:
             if len(self._places) >= self._blocks:
                 return
             if link.is_lost:
-                self._blocks, self._miss = len(self._places), Miss.BREAKER
+                self._cut_locked(Miss.BREAKER)
             elif time.monotonic() >= self._deadline_s + GRACE_S:
-                self._blocks, self._miss = len(self._places), Miss.DEADLINE
+                self._cut_locked(Miss.DEADLINE)
 
 
 class NoLease:

@@ -7,14 +7,16 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import numpy as np
 
 from kvstore import wire
 from kvstore.client.address import Address
 from kvstore.client.connection import Connection, refusal
-from kvstore.errors import ConnectionLostError, WireError
+from kvstore.errors import ConnectionLostError, RequestError, WireError
 from kvstore.hashing import Chain
 from kvstore.mapping import map_shared
 from kvstore.version import __version__
@@ -22,18 +24,21 @@ from kvstore.version import __version__
 if TYPE_CHECKING:
     from kvstore.client.lease import ClientLease
 
+Ending = wire.Release | wire.Abort
+
 
 class Link:
     """What leases and reservations stand on; of use until the daemon is lost, and no longer.
 
     Memory stays readable, and leases stay pinned, for as long as someone holds them: the
-    socket is closed after the last one, also when the daemon is no longer heard.
+    socket is closed after the last one, also when the daemon is no longer heard. So it is
+    with reservations, for a slot that was given back becomes another block.
     """
 
     def __init__(self, address: Address, timeout_s: float) -> None:
         """Connects, in `timeout_s` at most.
 
-        Raises ConnectionLostError, RightsError, WireError.
+        Raises ConnectionLostError, RightsError, RequestError, WireError.
         """
         sock, welcome, fds = _greet(address, timeout_s)
         try:
@@ -51,15 +56,25 @@ class Link:
         finally:
             for fd in fds:
                 os.close(fd)
-        self.connection = Connection(sock, timeout_s, self._pushed)
-        self.leases: dict[int, ClientLease] = {}
-        self.abandoned: deque[int] = deque()  # numbers of leases whose owners lost them
+        # Of what is held here, by number; guarded by the connection's `turn`.
+        self.leases: dict[int, ref[ClientLease]] = {}
+        self.reservations: set[int] = set()
+        # What lost owners held. The collector finds them, and may run while this very thread
+        # has `turn`: it only leaves word here.
+        self.abandoned: deque[Ending] = deque()
+        # Not a method: the last lease to go takes the link with it, and the socket.
+        pushed = partial(_pushed, self.leases, self.abandoned)
+        self.connection = Connection(sock, timeout_s, pushed)
         self._namespaces: dict[bytes, int] = {}
         self._retired = False
 
     @property
     def is_lost(self) -> bool:
         return self.connection.lost is not None
+
+    @property
+    def is_held(self) -> bool:
+        return bool(self.leases or self.reservations)
 
     def ask(
         self,
@@ -69,23 +84,25 @@ class Link:
         **fields: Any,
     ) -> Any:
         """The reply to a request about a chain. Raises ConnectionLostError and refusals."""
-        connection = self.connection
+        if len(chain) > wire.MAX_KEYS:
+            raise RequestError(
+                f"a chain of {len(chain)} blocks: a daemon takes {wire.MAX_KEYS} at a time"
+            )
         fingerprint = chain.namespace.fingerprint
         number = self._namespaces.get(fingerprint)
         if number is None:
-            seq = connection.next_seq()
-            opened = connection.request(seq, wire.OpenNamespace(seq, chain.namespace.to_json()))
-            if not isinstance(opened, wire.NamespaceOpened):
-                raise WireError("the daemon did not answer what it was asked")
+            opened = self.ask_alone(wire.OpenNamespace, record=chain.namespace.to_json())
             number = self._namespaces[fingerprint] = opened.namespace
-        seq = connection.next_seq()
+        seq = self.connection.next_seq()
         keys = wire.pack_keys(chain.keys)
-        return connection.request(seq, kind(seq, number, chain.parent, keys, **fields), taker)
+        request = kind(seq, number, chain.parent, keys, **fields)
+        return _expected(request, self.connection.request(seq, request, taker))
 
     def ask_alone(self, kind: type[Any], **fields: Any) -> Any:
         """The reply to a request about the store as a whole."""
         seq = self.connection.next_seq()
-        return self.connection.request(seq, kind(seq, **fields))
+        request = kind(seq, **fields)
+        return _expected(request, self.connection.request(seq, request))
 
     def places(self, offsets: bytes, nbytes: int) -> list[slice]:
         """Where in the arena blocks lie. Raises WireError for what lies outside."""
@@ -94,38 +111,85 @@ class Link:
             raise WireError("the daemon names memory outside its arena")
         return list(map(slice, starts.tolist(), (starts + np.uint64(nbytes)).tolist()))
 
-    def let_go(self, number: int) -> None:
-        """A lease is over: tell the daemon, and close the socket of a lost one after the last."""
-        with self.connection.turn:
-            self.leases.pop(number, None)
-            is_last = not self.leases
+    def let_go(self, ending: Ending) -> None:
+        """Tell the daemon that something is no longer held."""
         with contextlib.suppress(ConnectionLostError):
-            self.connection.post(wire.Release(number))
-        if is_last and self._retired:
-            self.connection.close()
+            self.connection.post(ending)
+        self.forget(ending)
+
+    def forget(self, ending: Ending) -> None:
+        """Something is no longer held; the last one closes the socket of a retired link."""
+        with self.connection.turn:
+            if isinstance(ending, wire.Release):
+                self.leases.pop(ending.lease, None)
+            else:
+                self.reservations.discard(ending.reservation)
+        self._close_if_over()
 
     def settle(self) -> None:
         """Give back what lost owners held."""
         while self.abandoned:
             try:
-                number = self.abandoned.popleft()
+                ending = self.abandoned.popleft()
             except IndexError:  # another thread took the last one
                 return
-            self.let_go(number)
+            self.let_go(ending)
 
     def retire(self) -> None:
-        """Nothing new is asked here; the last lease to go closes the socket."""
+        """Nothing new is asked here; whoever holds something last closes the socket."""
         with self.connection.turn:
             self._retired = True
-            is_last = not self.leases
-        if is_last:
-            self.connection.close()
+        self._close_if_over()
 
-    def _pushed(self, reply: wire.Reply) -> None:
-        if isinstance(reply, wire.Progress):
-            lease = self.leases.get(reply.lease)
+    def _close_if_over(self) -> None:
+        connection = self.connection
+        with connection.turn:
+            if not self._retired or self.is_held:
+                return
+            connection.lose("closed")  # a reply on its way must not become a lease any more
+        connection.close()
+
+
+def _pushed(
+    leases: dict[int, ref[ClientLease]], abandoned: deque[Ending], reply: wire.Reply
+) -> None:
+    """What nobody waits for: news of a lease, or what was meant for one who gave up."""
+    match reply:
+        case wire.Progress():
+            lease = leases[reply.lease]() if reply.lease in leases else None
             if lease is not None:
                 lease.progress_locked(reply)
+        case wire.Leased():
+            abandoned.append(wire.Release(reply.lease))
+        case wire.Reserved():
+            abandoned.append(wire.Abort(reply.reservation))
+
+
+_ANSWERS: dict[type, type] = {
+    wire.OpenNamespace: wire.NamespaceOpened,
+    wire.ProbeChain: wire.Probed,
+    wire.Acquire: wire.Leased,
+    wire.Reserve: wire.Reserved,
+    wire.Prefetch: wire.Counted,
+    wire.Retain: wire.Answered,
+    wire.Evict: wire.Counted,
+    wire.Explain: wire.Answered,
+    wire.GetStats: wire.Answered,
+    wire.Flush: wire.Counted,
+}
+
+
+def tiers(numbers: bytes) -> list[str | None]:
+    """What stands in `Leased.sources` and `Probed.tiers`. Raises WireError."""
+    if numbers and max(numbers) >= len(wire.TIERS):
+        raise WireError("the daemon names a tier that nobody knows")
+    return [wire.TIERS[number] for number in numbers]
+
+
+def _expected(request: wire.Request, reply: wire.Reply) -> wire.Reply:
+    if not isinstance(reply, _ANSWERS.get(type(request), object)):
+        raise WireError("the daemon did not answer what it was asked")
+    return reply
 
 
 def _greet(address: Address, timeout_s: float) -> tuple[socket.socket, wire.Welcome, list[int]]:

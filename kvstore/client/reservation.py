@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 from types import TracebackType
 from typing import Self
 
 from kvstore import wire
 from kvstore.client.link import Link
-from kvstore.errors import ClosedError, ConnectionLostError
+from kvstore.errors import ClosedError, ConnectionLostError, WireError
 
 
 class ClientReservation:
     """See `verbs.Reservation`. What is written to `views` is written to the daemon's memory."""
 
     def __init__(self, link: Link, block_bytes: int, reserved: wire.Reserved) -> None:
+        """`turn` of the link's connection is held. Raises WireError."""
+        self._open = False  # until all is well
         self._link = link
         self._number = reserved.reservation
-        places = link.places(reserved.offsets, block_bytes)
-        self._views = [link.arena[place] for place in places]
-        self._open = True
+        self._views = [link.arena[place] for place in link.places(reserved.offsets, block_bytes)]
         self.indices = wire.unpack_indices(reserved.indices)
+        if len(self.indices) != len(self._views):
+            raise WireError("the daemon has reserved other slots than it says")
+        self._open = True
+        link.reservations.add(self._number)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -44,15 +47,20 @@ class ClientReservation:
             counted = connection.request(seq, wire.Commit(seq, self._number))
         except ConnectionLostError:
             return 0
+        finally:
+            self._link.forget(wire.Abort(self._number))
         return counted.count if isinstance(counted, wire.Counted) else 0
 
     def abort(self) -> None:
-        if not self._open:
-            return
-        self._open = False
-        self._views = []
-        with contextlib.suppress(ConnectionLostError):
-            self._link.connection.post(wire.Abort(self._number))
+        if self._open:
+            self._open = False
+            self._views = []
+            self._link.let_go(wire.Abort(self._number))
+
+    def __del__(self) -> None:
+        # As with leases: only leave word.
+        if self._open:
+            self._link.abandoned.append(wire.Abort(self._number))
 
     def __enter__(self) -> Self:
         return self
