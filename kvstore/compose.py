@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from kvstore.client.address import parse
@@ -12,9 +13,13 @@ from kvstore.settings import Settings
 from kvstore.sources import override
 from kvstore.store import BlockStore
 from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.nvme_directory import capacity_of
 from kvstore.tiers.ram import RamTier
 
 _NOT_OF_A_STORE = ("engine_", "tenant_", "daemon_")
+
+
+DIRECTORY_RAM_BYTES = 256 << 20  # of a store that is opened to work on its directory
 
 
 def open(settings: Settings | None = None, /, **overrides: Any) -> BlockStore:
@@ -44,6 +49,24 @@ def open(settings: Settings | None = None, /, **overrides: Any) -> BlockStore:
         if nvme is not None:
             nvme.close_now()
         raise
+
+
+def open_directory(path: Path, settings: Settings) -> BlockStore:
+    """The store over an NVMe directory that is there, as large as it is, to work on what it holds.
+
+    Every block is worth a write, and little RAM is taken. Raises DirectoryError as `open`.
+    """
+    nvme = settings.nvme.model_copy(
+        update={
+            "path": path,
+            "capacity_bytes": capacity_of(path),
+            "admission": "all",
+            "daily_write_bytes": None,
+        }
+    )
+    ram_bytes = min(settings.ram.capacity_bytes, DIRECTORY_RAM_BYTES)
+    ram = settings.ram.model_copy(update={"capacity_bytes": ram_bytes})
+    return open(settings.model_copy(update={"nvme": nvme, "ram": ram}))
 
 
 def connect(url: str) -> StoreClient:

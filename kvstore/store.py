@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from kvstore.planner import LinearCost
 from kvstore.policy import Rows
 from kvstore.reservation import Reservation
 from kvstore.retention import DEFAULT_PRIORITY, Retained, Retention
+from kvstore.store_inventory import StoreInventory
 from kvstore.tier import HubTier, LocalTier, Miss, SharedArena
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,11 @@ class BlockStore:
                 hub.listeners.discard(wake)
 
         return unsubscribe
+
+    @property
+    def inventory(self) -> StoreInventory:
+        """What is held, block by block, for those who run the store."""
+        return StoreInventory(self._hub, self._below, self._evict)
 
     def queued_bytes(self) -> dict[str, int]:
         """Bytes that each lower tier has still to read for those who asked before."""
@@ -227,9 +233,12 @@ class BlockStore:
         A block that a lease has pinned stays in RAM until it is evicted otherwise.
         One that is on its way from NVMe is a miss for those who wait for it.
         """
+        return self._evict(chain.keys)
+
+    def _evict(self, asked: Sequence[Key]) -> int:
         hub, below = self._hub, self._below
         hub.settle_orphans()
-        keys = list(dict.fromkeys(chain.keys))
+        keys = list(dict.fromkeys(asked))
         with hub.lock:
             hub.check_open()
             held = {key for key in keys if key in hub.slots.index.rows_by_key}

@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvstore.hashing import Key
 from kvstore.histogram import Distribution
 from kvstore.identity import Namespace
@@ -94,6 +97,14 @@ class WriteResult(NamedTuple):
     """`refusal` is None when the block is stored (or was there already)."""
 
     refusal: Refusal | None
+
+
+class Checked(NamedTuple):
+    """What was read to be checked: the blocks found, their stored bytes, and the damaged ones."""
+
+    blocks: int
+    stored_bytes: int
+    damaged: list[Key]
 
 
 class Tier(Protocol):
@@ -198,6 +209,20 @@ class LocalTier(Tier, Protocol):
 
     def stats(self) -> Mapping[str, int]:
         """Counters and gauges, by name; units are the last word of the name."""
+        ...
+
+    def page(self, start: int, stop: int) -> tuple[NDArray[np.void], int]:
+        """What rows `[start, stop)` of the table hold, and how many rows there are.
+
+        [n] of `frame.RECORD_DTYPE`, a copy; its seals mean nothing. No I/O.
+        """
+        ...
+
+    def check(self, keys: Sequence[Key]) -> Checked:
+        """Compare checksums of blocks, wherever they are; the damaged are dropped.
+
+        Changes nothing else, not even the order of use. Blocks while it reads.
+        """
         ...
 
     def usage(self) -> Mapping[bytes, Usage]:

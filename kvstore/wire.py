@@ -24,6 +24,7 @@ from kvstore.retention import MAX_PRIORITY
 VERSION = 1
 MAX_FRAME_BYTES = 4 << 20
 MAX_KEYS = 65_536  # of one call
+CHECKED_KEYS = 256  # of one call that reads blocks to check them
 LENGTH_BYTES = 4
 FLUSH_S = 1.0
 
@@ -137,6 +138,48 @@ class Flush(_Message, tag="flush"):
     timeout_s: Seconds
 
 
+class ListNamespaces(_Message, tag="namespaces"):
+    """Reply: `Answered`, the tiers that have tables, and `Namespace.to_json` by fingerprint in hex.
+
+    Of this and what follows: for those with the right to administer; blocks of all tenants.
+    """
+
+    seq: Seq
+
+
+class ListBlocks(_Message, tag="blocks"):
+    """Reply: `Listed`. `start` is 0, or where the last page said that the next begins."""
+
+    seq: Seq
+    tier: Annotated[str, Meta(max_length=16)]
+    start: Count
+
+
+class EvictBlocks(_Message, tag="drop"):
+    """Of whatever namespaces. Reply: `Counted`."""
+
+    seq: Seq
+    keys: KeysField
+
+
+class CheckBlocks(_Message, tag="check"):
+    """Compare what NVMe has of these with its checksums. Reply: `Answered`, as `tier.Checked`.
+
+    `damaged` holds keys of 16 bytes, one after the other.
+    """
+
+    seq: Seq
+    keys: Annotated[bytes, Meta(max_length=CHECKED_KEYS * KEY_BYTES)]
+
+
+class GetStatus(_Message, tag="status"):
+    """Reply: `Answered`: the process, its clients, and the blocks of each namespace."""
+
+    seq: Seq
+
+
+InventoryRequest = ListNamespaces | ListBlocks | EvictBlocks | CheckBlocks | GetStatus
+
 Request = (
     Hello
     | OpenNamespace
@@ -152,6 +195,7 @@ Request = (
     | Explain
     | GetStats
     | Flush
+    | InventoryRequest
 )
 
 
@@ -218,6 +262,14 @@ class Reserved(_Message, tag="reserved"):
     offsets: Packed
 
 
+class Listed(_Message, tag="listed"):
+    """`rows` of `frame.RECORD_DTYPE`; `following` is where the next page begins, if any."""
+
+    seq: Seq
+    rows: Annotated[bytes, Meta(max_length=MAX_FRAME_BYTES)]
+    following: Count | None
+
+
 class Counted(_Message, tag="counted"):
     seq: Seq
     count: Count
@@ -247,6 +299,7 @@ Reply = (
     | Progress
     | Payload
     | Reserved
+    | Listed
     | Counted
     | Answered
     | Failed

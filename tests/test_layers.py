@@ -62,7 +62,7 @@ LAYERS = {
     ),
     "clock": Layer("clock"),
     "tier": Layer("tier frame", "errors pure"),
-    "verbs": Layer("verbs", "errors pure tier"),
+    "verbs": Layer("verbs inventory", "errors pure tier"),
     "wire": Layer("wire", "errors pure"),
     "machine": Layer("machine mapping"),
     "settings": Layer("settings sources", "errors pure machine"),
@@ -71,8 +71,8 @@ LAYERS = {
     "hbm": Layer("tiers.hbm", "errors pure kernels tiers"),
     "store": Layer(
         "store below hub lease reservation promotion demotion background transfer errands lookup "
-        "ending feed measures",
-        "errors pure clock tier",
+        "ending feed measures store_inventory",
+        "errors pure clock tier verbs",
     ),
     "client": Layer("client", "errors pure clock tier verbs wire machine"),
     "engine": Layer("engine", "errors pure clock tier verbs kernels tiers hbm"),

@@ -14,12 +14,16 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvstore.errors import SettingsError, TierError
 from kvstore.hashing import Key
 from kvstore.histogram import Distribution
 from kvstore.identity import Namespace
 from kvstore.slots import SlotTable, Usage
 from kvstore.tier import (
+    Checked,
     LocalTier,
     Miss,
     ReadRequest,
@@ -188,6 +192,13 @@ class FaultyLocalTier(FaultyTier):
     async def retain(self, keys: Sequence[Key], priority: int, expires_s: float) -> int:
         self._may_fail("retain")
         return await self._local.retain(keys, priority, expires_s)
+
+    def page(self, start: int, stop: int) -> tuple[NDArray[np.void], int]:
+        return self._local.page(start, stop)
+
+    def check(self, keys: Sequence[Key]) -> Checked:
+        self._may_fail("check")
+        return self._local.check(keys)
 
     def stats(self) -> Mapping[str, int]:
         return {

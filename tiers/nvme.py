@@ -16,10 +16,12 @@ from kvstore.hashing import Key
 from kvstore.histogram import Distribution
 from kvstore.identity import Namespace
 from kvstore.slots import SlotTable, Usage
-from kvstore.tier import ReadRequest, ReadResult, WriteItem, WriteResult
+from kvstore.tier import Checked, ReadRequest, ReadResult, WriteItem, WriteResult
 from kvstore.tiers.driver import DriverName, open_driver
+from kvstore.tiers.nvme_check import check_blocks
 from kvstore.tiers.nvme_reads import read_blocks
 from kvstore.tiers.nvme_records import Durability, RecordError
+from kvstore.tiers.nvme_rows import RecordRows
 from kvstore.tiers.nvme_slab import Slab
 from kvstore.tiers.nvme_writes import Writes
 
@@ -181,6 +183,16 @@ class NvmeTier:
     def eviction_age_s(self) -> Distribution:
         with self._slab.lock:
             return self._slab.table.eviction_age_s.read()
+
+    def page(self, start: int, stop: int) -> tuple[RecordRows, int]:
+        table = self._slab.table
+        with self._slab.lock:
+            return table.page(start, stop), len(table.slots.index.state)
+
+    def check(self, keys: Sequence[Key]) -> Checked:
+        """In one of the readers' threads, so that `close` waits for it."""
+        self._check_open()
+        return self._readers.submit(check_blocks, self._slab, keys, self._now_s()).result()
 
     def check_invariants(self) -> None:
         """Raises InvariantError unless memory and disk agree. Nothing else may be running."""

@@ -58,6 +58,21 @@ class Sizes(NamedTuple):
         return cls(slab_bytes, map_bytes)
 
 
+def capacity_of(path: Path) -> int:
+    """For which capacity the directory was made last; one that keeps all its blocks, if unsure.
+
+    Raises DirectoryError for a directory that is none of ours, or is in use.
+    """
+    with Directory(path, create=False) as directory:
+        try:
+            sizes = Sizes(directory.slab.stat().st_size, directory.records.stat().st_size)
+        except OSError as error:
+            raise directory.refusal(error) from error
+    least = max(sizes.slab_bytes + sizes.map_bytes + OVERHEAD_BYTES, MIN_CAPACITY_BYTES)
+    possible = range(least, least + ALIGN_BYTES)  # what rounding has left
+    return next((each for each in possible if Sizes.of(each) == sizes), possible[-1])
+
+
 class Directory:
     """An NVMe directory, locked for this process until closed. A context manager."""
 

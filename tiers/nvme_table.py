@@ -95,6 +95,16 @@ class BlockTable:
         priorities, expires_s = index.priority[array].tolist(), index.expires_s[array].tolist()
         return undescribe(self._records[array], priorities, expires_s)
 
+    def page(self, start: int, stop: int) -> RecordRows:
+        """What is known of the blocks in rows `[start, stop)`; seals are not made up."""
+        index = self.slots.index
+        rows = np.flatnonzero(index.state[start:stop] == State.RESIDENT) + start
+        if self._doomed:
+            rows = rows[[row not in self._doomed for row in rows.tolist()]]
+        records = self._records[rows]
+        records["priority"], records["expires_s"] = index.priority[rows], index.expires_s[rows]
+        return records
+
     def touch(self, rows: Sequence[int], now_s: float) -> None:
         """These blocks were used."""
         array = np.array(rows, dtype=np.int64)

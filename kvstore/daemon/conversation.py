@@ -10,6 +10,7 @@ import numpy as np
 
 from kvstore import wire
 from kvstore.answers import NVME
+from kvstore.daemon.inventory import InventoryVerbs
 from kvstore.daemon.service import Service
 from kvstore.daemon.session import Session
 from kvstore.errors import RequestError, RightsError, WireError
@@ -36,6 +37,7 @@ class Conversation:
         self._store = service.store
         self._session = session
         self._push = push
+        self._inventory = InventoryVerbs(service, session)
         self._filling: dict[int, int] = {}  # lease -> blocks of which the client knows
         self._watching = False
 
@@ -77,6 +79,14 @@ class Conversation:
             case wire.OpenNamespace():
                 number = self._session.open_namespace(request.record)
                 return wire.NamespaceOpened(request.seq, number)
+            case (
+                wire.ListNamespaces()
+                | wire.ListBlocks()
+                | wire.EvictBlocks()
+                | wire.CheckBlocks()
+                | wire.GetStatus()
+            ):
+                return self._inventory.answer(request)
             case wire.Hello():
                 raise WireError("a second hello on one connection")
 

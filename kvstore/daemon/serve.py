@@ -8,31 +8,15 @@ import logging
 import os
 import signal
 import socket
-from pathlib import Path
 
 from kvstore import compose
 from kvstore.daemon.local_door import LocalDoor
 from kvstore.daemon.service import Limits, Service
-from kvstore.daemon.socket_path import SocketPath
-from kvstore.errors import DirectoryError
+from kvstore.daemon.socket_path import SocketPath, socket_of
 from kvstore.settings import Settings
 from kvstore.store import BlockStore
 
 log = logging.getLogger(__name__)
-
-
-def socket_of(settings: Settings) -> Path:
-    """Where the local door is. Raises DirectoryError where no place is known."""
-    if settings.daemon.socket is not None:
-        return settings.daemon.socket
-    runtime = os.environ.get("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR")
-    if not runtime:
-        raise DirectoryError(
-            "there is no XDG_RUNTIME_DIR to put a socket in: name one with --socket, such as "
-            "--socket /run/kvstore/kvstore.sock"
-        )
-    name = "kvstore.sock" if os.environ.get("RUNTIME_DIRECTORY") else "kvstore/kvstore.sock"
-    return Path(runtime.partition(":")[0], name)
 
 
 def serve(settings: Settings) -> None:

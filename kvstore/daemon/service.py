@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ class Service:
         self.limits = limits or Limits()
         self.sessions: set[Session] = set()
         self.tenant_blocks: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.started_s = time.monotonic()
+        self.checking = asyncio.Lock()  # whose turn it is to have blocks checked
+        self.hot = HotPrefixes()
+        self.stopping = False  # the doors are about to close, or the store to end
         self._watchers: set[Callable[[], None]] = set()
         self._loop = asyncio.get_running_loop()
         self._awake = False

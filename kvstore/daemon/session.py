@@ -89,20 +89,20 @@ class Session:
     # ---- reading
 
     def probe(self, chain: Chain) -> Probe:
-        self._check("read")
+        self.check_right("read")
         return self._store.probe(chain)
 
     def explain(self, chain: Chain) -> Explanation:
-        self._check("read")
+        self.check_right("read")
         return self._store.explain(chain)
 
     def stats(self) -> Stats:
-        self._check("read")
+        self.check_right("read")
         return self._store.stats()
 
     def acquire(self, chain: Chain, deadline_s: float | None) -> tuple[int, Lease]:
         """A lease and its number. Shorter than the prefix where the client holds too much."""
-        self._check("read")
+        self.check_right("read")
         block_bytes = chain.namespace.layout.block_bytes
         lease = self._store.acquire(
             chain.slice(0, self._room_blocks(block_bytes)), deadline_s=deadline_s
@@ -122,14 +122,14 @@ class Session:
             self._service.count_served(self.tenant, held)
 
     def prefetch(self, chain: Chain) -> int:
-        self._check("read")
+        self.check_right("read")
         return self._store.prefetch(chain)
 
     # ---- writing
 
     def reserve(self, chain: Chain, retention: Retention) -> tuple[int, Reservation]:
         """A reservation and its number. Shorter where the client holds too much."""
-        self._check("write")
+        self.check_right("write")
         block_bytes = chain.namespace.layout.block_bytes
         reservation = self._store.reserve(
             chain.slice(0, self._room_blocks(block_bytes)),
@@ -156,11 +156,11 @@ class Session:
             held.reservation.abort()
 
     def retain(self, chain: Chain, retention: Retention) -> Retained:
-        self._check("write")
+        self.check_right("write")
         return self._store.retain(chain, self.tenant.retention(retention))
 
     def evict(self, chain: Chain) -> int:
-        self._check("write")
+        self.check_right("write")
         return self._store.evict(chain)
 
     # ---- ending
@@ -174,7 +174,7 @@ class Session:
 
     # ---- inside
 
-    def _check(self, right: Right) -> None:
+    def check_right(self, right: Right) -> None:
         if right not in self.tenant.rights:
             raise RightsError(f"the tenant {self.tenant.name} has no right to {right}")
 

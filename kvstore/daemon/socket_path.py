@@ -10,8 +10,23 @@ import socket
 from pathlib import Path
 
 from kvstore.errors import DirectoryError
+from kvstore.settings import Settings
 
 _LONGEST = 107  # bytes of a path that fit into a socket address
+
+
+def socket_of(settings: Settings) -> Path:
+    """Where the local door is. Raises DirectoryError where no place is known."""
+    if settings.daemon.socket is not None:
+        return settings.daemon.socket
+    runtime = os.environ.get("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR")
+    if not runtime:
+        raise DirectoryError(
+            "there is no XDG_RUNTIME_DIR to put a socket in: name one with --socket, such as "
+            "--socket /run/kvstore/kvstore.sock"
+        )
+    name = "kvstore.sock" if os.environ.get("RUNTIME_DIRECTORY") else "kvstore/kvstore.sock"
+    return Path(runtime.partition(":")[0], name)
 
 
 class SocketPath:
