@@ -25,6 +25,7 @@ PURE_PACKAGES = {"numpy", "xxhash", "zstandard"}
 PACKAGES: dict[str, str] = {
     **dict.fromkeys(("numpy", "xxhash", "zstandard"), "any layer"),
     "annotated_types": "settings",
+    **dict.fromkeys(("aiohttp", "prometheus_client"), "daemon"),
     "click": "cli",
     "msgspec": "wire",
     "cupy": "kernels connectors",
@@ -56,7 +57,7 @@ LAYERS = {
     "pure": Layer(
         "identity hashing layout allocator index policy retention planner codec slots "
         "quantities answers breaker admission eviction expiry rowheap tenant "
-        "histogram events",
+        "hot histogram events",
         "errors",
         pure=True,
     ),

@@ -161,11 +161,13 @@ class NvmeTier:
         return await self._run(self._writers, lambda: self._retain(keys, priority, expires_s))
 
     def stats(self) -> Mapping[str, int]:
-        slab = self._slab
+        slab, daily_bytes = self._slab, self._writes.daily_bytes
+        budget = {} if daily_bytes is None else {"daily_write_bytes": daily_bytes}
         with slab.lock:
             space = slab.table.slots.space
             return {
                 **slab.counters,
+                **budget,
                 "blocks": len(slab.table.slots),
                 "max_blocks": slab.table.max_blocks,
                 "used_bytes": space.used_bytes,

@@ -59,6 +59,11 @@ class Writes:
         """Tell the admission rule. The slab's lock is held."""
         self._admission.used(keys)
 
+    @property
+    def daily_bytes(self) -> int | None:
+        """What may be written in a day; None: any number."""
+        return self._budget.daily_bytes
+
     def written_today(self, now_s: float) -> int:
         """Bytes. The slab's lock is held."""
         self._budget.turn(now_s)

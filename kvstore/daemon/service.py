@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kvstore.daemon.session import Leased, Session
 from kvstore.errors import RequestError
+from kvstore.hot import HotPrefixes, Prefix
 from kvstore.store import BlockStore
 from kvstore.tenant import Tenant
 
@@ -63,14 +64,17 @@ class Service:
 
     def count_served(self, tenant: Tenant, held: Leased) -> None:
         """asked = ram hits + nvme hits + misses by reason, for each tenant."""
-        counted, lease = self.tenant_blocks[tenant.name], held.lease
-        counted["asked"] += held.asked_blocks
+        counted, lease, asked = self.tenant_blocks[tenant.name], held.lease, held.asked
+        counted["asked"] += len(asked)
         sources = lease.sources
         for source in set(sources):
             counted[f"hit_{source}"] += sources.count(source)
-        if len(lease) < held.asked_blocks:
+        if len(lease):
+            prefix = Prefix(tenant.name, asked.namespace.fingerprint, asked.keys[0])
+            self.hot.add(prefix, len(lease))
+        if len(lease) < len(asked):
             reason = lease.miss.value if lease.miss is not None else "too_slow"
-            counted[f"miss_{reason}"] += held.asked_blocks - len(lease)
+            counted[f"miss_{reason}"] += len(asked) - len(lease)
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Call `changed` in the loop when a block has arrived, or something was written."""

@@ -34,7 +34,7 @@ class Leased:
     """A lease that a client holds."""
 
     lease: Lease
-    asked_blocks: int
+    asked: Chain
     nbytes: int  # that count against the client
 
 
@@ -107,7 +107,7 @@ class Session:
         lease = self._store.acquire(
             chain.slice(0, self._room_blocks(block_bytes)), deadline_s=deadline_s
         )
-        held = Leased(lease, len(chain), len(lease) * block_bytes)
+        held = Leased(lease, chain, len(lease) * block_bytes)
         number = next(self._numbers)
         self.leases[number] = held
         self.in_flight_bytes += held.nbytes
