@@ -1,1 +1,1 @@
-"""Connectors to other engines, one file each; none ships yet. Imported as `kvstore.connectors`."""
+"""Connectors to other engines, and what they are made of. Imported as `kvstore.connectors`."""

@@ -10,7 +10,8 @@ import hashlib
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import xxhash
 
@@ -56,13 +57,24 @@ class Chain:
         return Chain(self.namespace, parent, self.keys[start:stop])
 
     def for_shard(self, shard: Shard) -> Chain:
-        """The same blocks, but only the heads of `shard`: other bytes, so other keys."""
+        """The same blocks, but only the heads of `shard`: other bytes, so other keys.
+
+        Its namespace is that of a model with no more heads than the shard has, so that
+        `namespace.layout` is the layout of what is stored under the keys. Raises LayoutError
+        for heads that the model does not have.
+        """
         if shard == self.namespace.layout.whole:
             return self
+        self.namespace.layout.shard_range(shard)
         digest = HASHES[self.namespace.hash_algorithm]
         suffix = b"shard" + shard.start.to_bytes(2, "little") + shard.heads.to_bytes(2, "little")
         keys = tuple(digest(key + suffix) for key in self.keys)
-        return Chain(self.namespace, digest(self.parent + suffix), keys)
+        return Chain(_with_heads(self.namespace, shard.heads), digest(self.parent + suffix), keys)
+
+
+@lru_cache(maxsize=256)
+def _with_heads(namespace: Namespace, kv_heads: int) -> Namespace:
+    return replace(namespace, kv_heads=kv_heads)
 
 
 class TokenChain:

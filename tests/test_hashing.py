@@ -12,6 +12,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.errors import LayoutError
 from kvstore.hashing import KEY_BYTES, Chain, Key, TokenChain
 from kvstore.identity import HashAlgorithm, Namespace
 from kvstore.layout import Shard
@@ -163,3 +164,12 @@ def test_a_chain_is_a_sequence_of_keys() -> None:
     assert len(chain) == 3
     assert tuple(chain) == keys
     assert hash(chain) == hash(Chain(NAMESPACE, NAMESPACE.fingerprint, keys))
+
+
+def test_a_shard_is_as_long_as_its_heads() -> None:
+    chain = TokenChain(NAMESPACE, range(32)).chain()
+    shard = chain.for_shard(Shard(1, 2))
+    assert NAMESPACE.layout.shard_range(Shard(1, 2))[1] == shard.namespace.layout.block_bytes
+    assert shard.namespace.fingerprint != NAMESPACE.fingerprint
+    with pytest.raises(LayoutError):
+        chain.for_shard(Shard(NAMESPACE.kv_heads, 1))
