@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvstore.proto import store_pb2 as kvstore_dot_proto_dot_store__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvstore/proto/admin.proto\x12\nkvstore.v1\x1a\x19kvstore/proto/store.proto\"\x17\n\x15ListNamespacesRequest\"\xb2\x01\n\x0cNamespaceUse\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\x12(\n\tnamespace\x18\x02 \x01(\x0b\x32\x15.kvstore.v1.Namespace\x12\x34\n\x06\x62locks\x18\x03 \x03(\x0b\x32$.kvstore.v1.NamespaceUse.BlocksEntry\x1a-\n\x0b\x42locksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x14\n\x12ListTenantsRequest\"{\n\tTenantUse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x31\n\x06\x62locks\x18\x02 \x03(\x0b\x32!.kvstore.v1.TenantUse.BlocksEntry\x1a-\n\x0b\x42locksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x15\n\x13ListSessionsRequest\"i\n\nSessionUse\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0e\n\x06leases\x18\x03 \x01(\r\x12\x14\n\x0creservations\x18\x04 \x01(\r\x12\x17\n\x0fin_flight_bytes\x18\x05 \x01(\x04\"!\n\x0c\x46lushRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"\x1a\n\nFlushReply\x12\x0c\n\x04\x64one\x18\x01 \x01(\x08\",\n\x15\x45victNamespaceRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\"%\n\x13\x45victNamespaceReply\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x32\xfc\x02\n\x05\x41\x64min\x12O\n\x0eListNamespaces\x12!.kvstore.v1.ListNamespacesRequest\x1a\x18.kvstore.v1.NamespaceUse0\x01\x12\x46\n\x0bListTenants\x12\x1e.kvstore.v1.ListTenantsRequest\x1a\x15.kvstore.v1.TenantUse0\x01\x12I\n\x0cListSessions\x12\x1f.kvstore.v1.ListSessionsRequest\x1a\x16.kvstore.v1.SessionUse0\x01\x12\x39\n\x05\x46lush\x12\x18.kvstore.v1.FlushRequest\x1a\x16.kvstore.v1.FlushReply\x12T\n\x0e\x45victNamespace\x12!.kvstore.v1.EvictNamespaceRequest\x1a\x1f.kvstore.v1.EvictNamespaceReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvstore/proto/admin.proto\x12\nkvstore.v1\x1a\x19kvstore/proto/store.proto\"\x17\n\x15ListNamespacesRequest\"\x94\x02\n\x0cNamespaceUse\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\x12(\n\tnamespace\x18\x02 \x01(\x0b\x32\x15.kvstore.v1.Namespace\x12\x34\n\x06\x62locks\x18\x03 \x03(\x0b\x32$.kvstore.v1.NamespaceUse.BlocksEntry\x12\x32\n\x05\x62ytes\x18\x04 \x03(\x0b\x32#.kvstore.v1.NamespaceUse.BytesEntry\x1a-\n\x0b\x42locksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a,\n\nBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x14\n\x12ListTenantsRequest\"{\n\tTenantUse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x31\n\x06\x62locks\x18\x02 \x03(\x0b\x32!.kvstore.v1.TenantUse.BlocksEntry\x1a-\n\x0b\x42locksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x15\n\x13ListSessionsRequest\"i\n\nSessionUse\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0e\n\x06leases\x18\x03 \x01(\r\x12\x14\n\x0creservations\x18\x04 \x01(\r\x12\x17\n\x0fin_flight_bytes\x18\x05 \x01(\x04\"!\n\x0c\x46lushRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"\x1a\n\nFlushReply\x12\x0c\n\x04\x64one\x18\x01 \x01(\x08\",\n\x15\x45victNamespaceRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\"%\n\x13\x45victNamespaceReply\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x32\xfc\x02\n\x05\x41\x64min\x12O\n\x0eListNamespaces\x12!.kvstore.v1.ListNamespacesRequest\x1a\x18.kvstore.v1.NamespaceUse0\x01\x12\x46\n\x0bListTenants\x12\x1e.kvstore.v1.ListTenantsRequest\x1a\x15.kvstore.v1.TenantUse0\x01\x12I\n\x0cListSessions\x12\x1f.kvstore.v1.ListSessionsRequest\x1a\x16.kvstore.v1.SessionUse0\x01\x12\x39\n\x05\x46lush\x12\x18.kvstore.v1.FlushRequest\x1a\x16.kvstore.v1.FlushReply\x12T\n\x0e\x45victNamespace\x12!.kvstore.v1.EvictNamespaceRequest\x1a\x1f.kvstore.v1.EvictNamespaceReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,32 +34,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NAMESPACEUSE_BLOCKSENTRY']._loaded_options = None
   _globals['_NAMESPACEUSE_BLOCKSENTRY']._serialized_options = b'8\001'
+  _globals['_NAMESPACEUSE_BYTESENTRY']._loaded_options = None
+  _globals['_NAMESPACEUSE_BYTESENTRY']._serialized_options = b'8\001'
   _globals['_TENANTUSE_BLOCKSENTRY']._loaded_options = None
   _globals['_TENANTUSE_BLOCKSENTRY']._serialized_options = b'8\001'
   _globals['_LISTNAMESPACESREQUEST']._serialized_start=68
   _globals['_LISTNAMESPACESREQUEST']._serialized_end=91
   _globals['_NAMESPACEUSE']._serialized_start=94
-  _globals['_NAMESPACEUSE']._serialized_end=272
-  _globals['_NAMESPACEUSE_BLOCKSENTRY']._serialized_start=227
-  _globals['_NAMESPACEUSE_BLOCKSENTRY']._serialized_end=272
-  _globals['_LISTTENANTSREQUEST']._serialized_start=274
-  _globals['_LISTTENANTSREQUEST']._serialized_end=294
-  _globals['_TENANTUSE']._serialized_start=296
-  _globals['_TENANTUSE']._serialized_end=419
-  _globals['_TENANTUSE_BLOCKSENTRY']._serialized_start=227
-  _globals['_TENANTUSE_BLOCKSENTRY']._serialized_end=272
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=421
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=442
-  _globals['_SESSIONUSE']._serialized_start=444
-  _globals['_SESSIONUSE']._serialized_end=549
-  _globals['_FLUSHREQUEST']._serialized_start=551
-  _globals['_FLUSHREQUEST']._serialized_end=584
-  _globals['_FLUSHREPLY']._serialized_start=586
-  _globals['_FLUSHREPLY']._serialized_end=612
-  _globals['_EVICTNAMESPACEREQUEST']._serialized_start=614
-  _globals['_EVICTNAMESPACEREQUEST']._serialized_end=658
-  _globals['_EVICTNAMESPACEREPLY']._serialized_start=660
-  _globals['_EVICTNAMESPACEREPLY']._serialized_end=697
-  _globals['_ADMIN']._serialized_start=700
-  _globals['_ADMIN']._serialized_end=1080
+  _globals['_NAMESPACEUSE']._serialized_end=370
+  _globals['_NAMESPACEUSE_BLOCKSENTRY']._serialized_start=279
+  _globals['_NAMESPACEUSE_BLOCKSENTRY']._serialized_end=324
+  _globals['_NAMESPACEUSE_BYTESENTRY']._serialized_start=326
+  _globals['_NAMESPACEUSE_BYTESENTRY']._serialized_end=370
+  _globals['_LISTTENANTSREQUEST']._serialized_start=372
+  _globals['_LISTTENANTSREQUEST']._serialized_end=392
+  _globals['_TENANTUSE']._serialized_start=394
+  _globals['_TENANTUSE']._serialized_end=517
+  _globals['_TENANTUSE_BLOCKSENTRY']._serialized_start=279
+  _globals['_TENANTUSE_BLOCKSENTRY']._serialized_end=324
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=519
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=540
+  _globals['_SESSIONUSE']._serialized_start=542
+  _globals['_SESSIONUSE']._serialized_end=647
+  _globals['_FLUSHREQUEST']._serialized_start=649
+  _globals['_FLUSHREQUEST']._serialized_end=682
+  _globals['_FLUSHREPLY']._serialized_start=684
+  _globals['_FLUSHREPLY']._serialized_end=710
+  _globals['_EVICTNAMESPACEREQUEST']._serialized_start=712
+  _globals['_EVICTNAMESPACEREQUEST']._serialized_end=756
+  _globals['_EVICTNAMESPACEREPLY']._serialized_start=758
+  _globals['_EVICTNAMESPACEREPLY']._serialized_end=795
+  _globals['_ADMIN']._serialized_start=798
+  _globals['_ADMIN']._serialized_end=1178
 # @@protoc_insertion_point(module_scope)

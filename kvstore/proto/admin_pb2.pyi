@@ -12,8 +12,15 @@ class ListNamespacesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NamespaceUse(_message.Message):
-    __slots__ = ("fingerprint", "namespace", "blocks")
+    __slots__ = ("fingerprint", "namespace", "blocks", "bytes")
     class BlocksEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class BytesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -23,10 +30,12 @@ class NamespaceUse(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
     fingerprint: bytes
     namespace: _store_pb2.Namespace
     blocks: _containers.ScalarMap[str, int]
-    def __init__(self, fingerprint: _Optional[bytes] = ..., namespace: _Optional[_Union[_store_pb2.Namespace, _Mapping]] = ..., blocks: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    bytes: _containers.ScalarMap[str, int]
+    def __init__(self, fingerprint: _Optional[bytes] = ..., namespace: _Optional[_Union[_store_pb2.Namespace, _Mapping]] = ..., blocks: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class ListTenantsRequest(_message.Message):
     __slots__ = ()

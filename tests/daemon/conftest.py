@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import grpc
 import pytest
 
 from kvstore.client.client import StoreClient
+from kvstore.daemon.grpc_door import GrpcDoor
+from kvstore.daemon.listening import Endpoint
 from kvstore.daemon.service import Limits
+from kvstore.daemon.tokens import Tenants
 from tests.daemon.doors import Daemon, DaemonProcess
+from tests.daemon.grpc_client import GrpcClient
 from tests.store.rig import Rig, RunningClock
 
 MakeProcess = Callable[..., DaemonProcess]
@@ -60,3 +66,41 @@ def make_process(tmp_path: Path) -> Iterator[MakeProcess]:
 def process(make_process: MakeProcess) -> DaemonProcess:
     """A real daemon: 1 MiB of RAM over 8 MiB of NVMe."""
     return make_process()
+
+
+@pytest.fixture(scope="session")
+def _grpc_runtime() -> None:
+    """What grpc starts once and keeps: a thread that polls for asyncio, a few descriptors."""
+
+    async def start_and_stop() -> None:
+        server = grpc.aio.server()
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            await asyncio.to_thread(grpc.channel_ready_future(channel).result)
+        await server.stop(None)
+
+    grpc.aio.init_grpc_aio()
+    asyncio.run(start_and_stop())
+
+
+@pytest.fixture
+def tenants() -> Tenants:
+    """Of the gRPC door; parametrize it, or define another, for ones with tokens."""
+    return Tenants()
+
+
+@pytest.fixture
+def address(_grpc_runtime: None, daemon: Daemon, tenants: Tenants) -> Iterator[str]:
+    """Where `daemon` serves gRPC."""
+    where = Endpoint("127.0.0.1", 0)
+    door = daemon.run(GrpcDoor.open(daemon.service, tenants, where))
+    yield f"127.0.0.1:{door.port}"
+    daemon.run(door.close())
+
+
+@pytest.fixture
+def remote(address: str) -> Iterator[GrpcClient]:
+    """A gRPC client of `daemon`, without a token."""
+    with GrpcClient(address) as client:
+        yield client

@@ -11,11 +11,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from kvstore.client.client import StoreClient
 from kvstore.compose import connect
@@ -52,10 +52,14 @@ class Daemon:
     def call(self, work: Callable[[], T]) -> T:
         """What `work` returns in the daemon's loop."""
 
-        async def run() -> T:
+        async def called() -> T:
             return work()
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(PATIENCE_S)
+        return self.run(called())
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What the coroutine returns in the daemon's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_S)
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Let the loop run until `condition` holds in it. What it waits for is on its way."""

@@ -1,0 +1,103 @@
+"""What a gRPC client is told when a call fails: a status and one line, never a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from kvstore.errors import (
+    ClosedError,
+    InputError,
+    KVStoreError,
+    LayoutError,
+    RightsError,
+    TierError,
+    WireError,
+)
+
+log = logging.getLogger(__name__)
+
+
+class UnknownCallerError(RightsError):
+    """A call without a token that is known here."""
+
+
+class TooManyError(InputError):
+    """More calls or clients than the daemon serves at once."""
+
+
+# The first that fits.
+_STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (UnknownCallerError, grpc.StatusCode.UNAUTHENTICATED),
+    (TooManyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (RightsError, grpc.StatusCode.PERMISSION_DENIED),
+    (InputError, grpc.StatusCode.INVALID_ARGUMENT),
+    (LayoutError, grpc.StatusCode.INVALID_ARGUMENT),
+    (WireError, grpc.StatusCode.INVALID_ARGUMENT),
+    (ClosedError, grpc.StatusCode.UNAVAILABLE),
+    (TierError, grpc.StatusCode.UNAVAILABLE),
+)
+
+
+def status_of(error: KVStoreError) -> grpc.StatusCode:
+    found = (status for kind, status in _STATUS if isinstance(error, kind))
+    return next(found, grpc.StatusCode.INTERNAL)
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Stands before every method of every service of a server.
+
+    A request is decoded here, so that one that cannot be is the client's error. Without this
+    grpc logs a traceback, and sends its last line.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        return None if handler is None else _guarded(handler, handler_call_details.method)
+
+
+def _guarded(handler: Any, method: str) -> Any:
+    """The same handler, of whatever kind, whose every failure is a status."""
+    streams_in, streams_out = handler.request_streaming, handler.response_streaming
+    kind = f"{'stream' if streams_in else 'unary'}_{'stream' if streams_out else 'unary'}"
+    answer = getattr(handler, kind)
+
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            if not streams_in:
+                request = handler.request_deserializer(request)
+            if inspect.isasyncgenfunction(answer):
+                # To its end here: grpc leaves the generators of cancelled calls to the collector.
+                async with contextlib.aclosing(answer(request, context)) as replies:
+                    async for reply in replies:
+                        await context.write(reply)
+                return None
+            return await answer(request, context)
+        except grpc.aio.BaseError:  # it has its status already, or the client is gone
+            raise
+        except DecodeError:
+            status, text = grpc.StatusCode.INVALID_ARGUMENT, "this is no message of that type"
+        except KVStoreError as error:
+            status, text = status_of(error), str(error)
+        except Exception:
+            log.exception("%s failed", method)
+            status, text = grpc.StatusCode.INTERNAL, "an error of the daemon's; its log says more"
+        # Out of the handlers: what the error held of blocks and buffers is let go of first.
+        return await context.abort(status, text)
+
+    make = getattr(grpc, f"{kind}_rpc_method_handler")
+    return make(
+        call,
+        request_deserializer=handler.request_deserializer if streams_in else None,
+        response_serializer=handler.response_serializer,
+    )
