@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Installs what kvstore is measured beside, each in an environment of its own,
 # because no two of them agree on their packages. About 5 GB and 5 minutes.
-#   benchmarks/install_peers.sh [DIRECTORY] [lmcache] [vllm] [nixl]
+#   benchmarks/install_peers.sh [DIRECTORY] [lmcache] [vllm] [nixl] [redis] [mooncake]
 set -euo pipefail
 home=${1:-.venv-peers}
 shift || true
-[ $# -gt 0 ] || set -- lmcache vllm nixl
+[ $# -gt 0 ] || set -- lmcache vllm nixl redis mooncake
 python=${PYTHON:-python3}
 
 environment() { # of the peer $1, made anew
@@ -37,6 +37,20 @@ install_nixl() {
     # Its POSIX plugin needs neither torch nor CUDA.
     $pip install --no-deps 'nixl-cu12==1.5.1' numpy
     "$home/nixl/bin/python" -c 'import nixl_cu12._api' >/dev/null
+}
+
+install_redis() {
+    environment redis
+    # The client; the server is the system's.
+    $pip install 'redis==8.1.0' 'hiredis==3.5.0' numpy
+    command -v redis-server >/dev/null ||
+        echo "redis-server is missing, and is not installed by this: apt-get install redis-server"
+}
+
+install_mooncake() {
+    environment mooncake
+    $pip install 'mooncake-transfer-engine-non-cuda==0.3.13.post1' numpy
+    "$home/mooncake/bin/python" -c 'import mooncake.store' >/dev/null
 }
 
 for peer in "$@"; do

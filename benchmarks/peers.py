@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def python_of(peer: str) -> Path:
-    """The interpreter of `peer` ("lmcache", "vllm", "nixl").
+    """The interpreter of `peer` ("lmcache", "vllm", "nixl", "redis", "mooncake").
 
     Named by KVSTORE_BENCH_<PEER>_PYTHON, or where `make bench-peers` puts it.
     Raises NotHereError where there is none.

@@ -41,8 +41,9 @@ class StorageManagerTurns:
 
     def _open(self, total_bytes: int, directory: Path) -> Any:
         on_disk = self._backend == "LocalDiskBackend"
-        config = import_module("lmcache.v1.config").LMCacheEngineConfig.from_defaults(
-            chunk_size=TOKENS,
+        return open_manager(
+            self._dtype,
+            self._shape,
             local_cpu=not on_disk,
             # Twice: a put allocates before the blocks of the round before are gone.
             max_local_cpu_size=(2.2 * total_bytes + (64 << 20)) / 2**30,
@@ -51,18 +52,6 @@ class StorageManagerTurns:
             max_local_disk_size=100 * total_bytes / 2**30 if on_disk else 0.0,
             extra_config={"use_odirect": True, "local_cpu.pinned_align_bytes": 4096},
         )
-        metadata = import_module("lmcache.v1.metadata").LMCacheMetadata(
-            model_name="benchmark",
-            world_size=1,
-            local_world_size=1,
-            worker_id=0,
-            local_worker_id=0,
-            kv_dtype=self._dtype,
-            kv_shape=(LAYERS, 2, TOKENS, 1, self._shape[-1]),
-        )
-        events = import_module("lmcache.v1.event_manager").EventManager()
-        manager = import_module("lmcache.v1.storage_backend.storage_manager").StorageManager
-        return manager(config, metadata, events)
 
     def _keys(self) -> list[Any]:
         first = (self._round << 32) + 1
@@ -99,6 +88,25 @@ class StorageManagerTurns:
         if not self._torch.equal(self._target.view(as_bits), self._source.view(as_bits)):
             raise RuntimeError("what came out of LMCache is not what went in")
         return seconds
+
+
+def open_manager(dtype: Any, shape: Any, **settings: Any) -> Any:
+    """LMCache's StorageManager for blocks of `shape` ([2, LAYERS, TOKENS, width])."""
+    config = import_module("lmcache.v1.config").LMCacheEngineConfig.from_defaults(
+        chunk_size=TOKENS, **settings
+    )
+    metadata = import_module("lmcache.v1.metadata").LMCacheMetadata(
+        model_name="benchmark",
+        world_size=1,
+        local_world_size=1,
+        worker_id=0,
+        local_worker_id=0,
+        kv_dtype=dtype,
+        kv_shape=(LAYERS, 2, TOKENS, 1, shape[-1]),
+    )
+    events = import_module("lmcache.v1.event_manager").EventManager()
+    manager = import_module("lmcache.v1.storage_backend.storage_manager").StorageManager
+    return manager(config, metadata, events)
 
 
 def build() -> dict[str, Any]:

@@ -75,6 +75,20 @@ def test_a_peer_that_is_not_installed_is_skipped_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVSTORE_BENCH_LMCACHE_PYTHON", str(tmp_path / "nowhere"))
-    done = run(tmp_path, "lmcache/2MiB")
+    done = run(tmp_path, "lmcache/2MiB", "daemon/lmcache/2MiB")
     assert done.returncode == 0
-    assert "skipped lmcache/2MiB: lmcache is not installed: make bench-peers" in done.stdout
+    for name in ("lmcache/2MiB", "daemon/lmcache/2MiB"):
+        assert f"skipped {name}: lmcache is not installed: make bench-peers" in done.stdout
+
+
+def test_a_peer_that_does_not_start_is_no_failure_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A Python without any of Mooncake's programs beside it.
+    python = tmp_path / "python"
+    python.symlink_to(sys.executable)
+    (tmp_path / "mooncake_master").symlink_to("/bin/false")
+    monkeypatch.setenv("KVSTORE_BENCH_MOONCAKE_PYTHON", str(python))
+    done = run(tmp_path, "daemon/mooncake/2MiB")
+    assert done.returncode == 0
+    assert "Mooncake does not start: mooncake_master does not start: it said" in done.stdout
