@@ -125,6 +125,11 @@ class Feed:
         with self._lock:
             self._closed = True
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing will happen any more."""
+        return self._closed
+
     def _started(self) -> EventLog:
         if self._log is None:
             raise ClosedError("no events are recorded: call start() first")

@@ -231,6 +231,25 @@ class DaemonSettings(_Group):
     log_format: Literal["text", "json"] = Field(
         default="text", description="Of the log on stderr: for people, or one JSON object a line."
     )
+    event_log_blocks: Whole = Field(
+        default=65_536,
+        ge=1024,
+        le=1 << 26,
+        description="Comings and goings kept for who follows the events; further behind, it needs "
+        "a snapshot.",
+    )
+    zmq: str | None = Field(
+        default=None,
+        max_length=256,
+        description="Address on which to publish KV events as vLLM does, such as "
+        "tcp://127.0.0.1:5557.",
+    )
+    zmq_replay: str | None = Field(
+        default=None,
+        max_length=256,
+        description="Address on which to send again what a subscriber of those has missed, such as "
+        "tcp://127.0.0.1:5558.",
+    )
 
 
 class Settings(_Group):

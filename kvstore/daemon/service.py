@@ -26,6 +26,7 @@ class Limits:
 
     in_flight_bytes: int = 4096 * MiB  # leased and reserved, of one connection
     connections: int = 256  # over all doors; beyond: refused
+    event_log_blocks: int = 65_536  # remembered for who follows; further behind: a snapshot
 
 
 class Service:
