@@ -72,9 +72,14 @@ class Namespace:
         """Raises ValueError on anything that `to_json` did not write."""
         fields: Any = json.loads(text)
         try:
-            return cls(**fields)
+            namespace = cls(**fields)
         except (TypeError, LayoutError) as error:
             raise ValueError(f"not a namespace record: {error}") from error
+        for field in dataclasses.fields(cls):
+            kind = int if field.type == "int" else str
+            if type(value := getattr(namespace, field.name)) is not kind:
+                raise ValueError(f"not a namespace record: {field.name} is {value!r}")
+        return namespace
 
     def differences(self, other: Namespace) -> Mapping[str, tuple[Any, Any]]:
         """Fields in which the two differ: name -> (ours, theirs)."""

@@ -9,12 +9,12 @@ from typing import cast
 
 from kvstore import wire
 from kvstore.daemon.conversation import Conversation, failed
-from kvstore.errors import KVStoreError, RequestError, WireError
+from kvstore.errors import KVStoreError, WireError
 
 log = logging.getLogger(__name__)
 
 UNSENT_BYTES = 16 << 20  # of replies that a client does not read; beyond, it gets no more
-UNANSWERED = 256  # requests of one client that take time; beyond, they are refused
+UNANSWERED = 256  # requests of one client that take time; beyond, it is not heard for a while
 
 
 class Connection(asyncio.Protocol):
@@ -45,16 +45,9 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._over:
-            return
-        self._received += data
-        try:
-            while (body := self._next()) is not None:
-                self._answer(wire.decode_request(body))
-        except WireError as error:
-            log.warning("a client broke the protocol, and is not heard any more: %s", error)
-            self.send(failed(0, error))
-            self.end()
+        if not self._over:
+            self._received += data
+            self._hear()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -81,12 +74,28 @@ class Connection(asyncio.Protocol):
         if self._transport is not None and not self._over:
             self._over = True
             self._received.clear()
+            self._transport.resume_reading()  # or we would not hear that it closes
             self._transport.write_eof()
 
     def close(self) -> None:
         """Close the socket. No block may be overwritten any more while clients have leases."""
         if self._transport is not None:
             self._transport.abort()
+
+    def _hear(self) -> None:
+        """Answer what has arrived, as long as not too many answers are still to come."""
+        try:
+            while len(self._unanswered) < UNANSWERED and (body := self._next()) is not None:
+                self._answer(wire.decode_request(body))
+        except WireError as error:
+            log.warning("a client broke the protocol, and is not heard any more: %s", error)
+            self.send(failed(0, error))
+            self.end()
+        if self._transport is not None and not self._over:
+            if len(self._unanswered) < UNANSWERED:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
 
     def _next(self) -> bytes | None:
         """The body of the next frame, if all of it is here."""
@@ -103,13 +112,11 @@ class Connection(asyncio.Protocol):
     def _answer(self, request: wire.Request) -> None:
         seq: int = getattr(request, "seq", 0)
         try:
-            if len(self._unanswered) >= UNANSWERED:
-                raise RequestError(f"{UNANSWERED} requests are waiting for their answers")
             answer = self._conversation.answer(request)
         except WireError:
             raise
-        except KVStoreError as error:
-            self.send(failed(seq, error))
+        except Exception as error:
+            self.send(_refused(seq, error))
             return
         if not isinstance(answer, Awaitable):
             if answer is not None:
@@ -117,12 +124,24 @@ class Connection(asyncio.Protocol):
             return
         task = asyncio.get_running_loop().create_task(self._finish(seq, answer))
         self._unanswered.add(task)
-        task.add_done_callback(self._unanswered.discard)
+        task.add_done_callback(self._finished)
 
     async def _finish(self, seq: int, answer: Awaitable[wire.Reply | None]) -> None:
         try:
             reply = await answer
-        except KVStoreError as error:
-            reply = failed(seq, error)
+        except Exception as error:
+            reply = _refused(seq, error)
         if reply is not None:
             self.send(reply)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._unanswered.discard(task)
+        if self._transport is not None and not self._over:
+            self._hear()
+
+
+def _refused(seq: int, error: Exception) -> wire.Failed:
+    """A fault of ours costs one answer; raised, it would have asyncio close the socket."""
+    if not isinstance(error, KVStoreError):
+        log.error("a request failed", exc_info=error)
+    return failed(seq, error)

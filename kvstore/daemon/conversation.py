@@ -39,6 +39,7 @@ class Conversation:
         self._push = push
         self._inventory = InventoryVerbs(service, session)
         self._filling: dict[int, int] = {}  # lease -> blocks of which the client knows
+        self._deadlines: dict[int, asyncio.TimerHandle] = {}  # of those
         self._watching = False
 
     def answer(self, request: wire.Request) -> Answer:
@@ -52,7 +53,7 @@ class Conversation:
             case wire.Acquire():
                 return self._acquire(request)
             case wire.Release():
-                self._filling.pop(request.lease, None)
+                self._filled(request.lease)
                 self._session.release(request.lease)
                 return None
             case wire.Reserve():
@@ -91,7 +92,8 @@ class Conversation:
                 raise WireError("a second hello on one connection")
 
     def close(self) -> None:
-        self._filling.clear()
+        for number in list(self._filling):
+            self._filled(number)
         self._watch()
 
     def _chain(self, request: Any) -> Chain:
@@ -116,17 +118,17 @@ class Conversation:
         number, lease = self._session.acquire(self._chain(request), request.deadline_s)
         ready = lease.ready()
         if ready < len(lease):
-            self._filling[number] = ready
-            self._watch()
-            loop = asyncio.get_running_loop()
-            loop.call_later(lease.left_s() + DEADLINE_SLACK_S, self._report)
-        return wire.Leased(
+            self._fill(number, lease, ready)
+        reply = wire.Leased(
             request.seq,
             number,
             wire.pack_tiers(lease.sources),
             _offsets(lease, 0, ready),
-            _miss(lease),
+            self._miss(number),
         )
+        if not len(lease):  # the client has nothing to give back, and does not
+            self._session.release(number)
+        return reply
 
     def _reserve(self, request: wire.Reserve) -> Answer:
         number, reservation = self._session.reserve(self._chain(request), _retention(request))
@@ -145,10 +147,22 @@ class Conversation:
 
     async def _flush(self, request: wire.Flush) -> wire.Reply:
         timeout_s = min(request.timeout_s, wire.FLUSH_S)
-        done = await asyncio.to_thread(self._store.flush, timeout_s)
-        return wire.Counted(request.seq, int(done))
+        return wire.Counted(request.seq, int(await self._service.flush(timeout_s)))
 
     # ---- leases that are still being filled
+
+    def _fill(self, number: int, lease: Lease, known: int) -> None:
+        """Tell the client when more of a lease is ready than it knows, or nothing more comes."""
+        self._filling[number] = known
+        self._deadlines[number] = asyncio.get_running_loop().call_later(
+            lease.left_s() + DEADLINE_SLACK_S, self._report
+        )
+        self._watch()
+
+    def _filled(self, number: int) -> None:
+        """There is nothing more to tell of this lease."""
+        if self._filling.pop(number, None) is not None:
+            self._deadlines.pop(number).cancel()
 
     def _watch(self) -> None:
         """Hear of changes exactly while there are leases to tell of."""
@@ -158,21 +172,22 @@ class Conversation:
 
     def _report(self) -> None:
         for number, known in list(self._filling.items()):
-            held = self._session.leases.get(number)
-            if held is None:
-                del self._filling[number]
-                continue
-            lease = held.lease
+            lease = self._session.leases[number].lease
             ready = lease.ready()
             ended = ready >= len(lease)
             if ready > known or ended:
                 offsets = _offsets(lease, known, ready)
-                self._push(wire.Progress(number, len(lease), offsets, _miss(lease)))
+                self._push(wire.Progress(number, len(lease), offsets, self._miss(number)))
             if ended:
-                del self._filling[number]
+                self._filled(number)
             else:
                 self._filling[number] = ready
         self._watch()
+
+    def _miss(self, number: int) -> str | None:
+        """Why a lease ends where it does."""
+        miss = self._session.leases[number].miss
+        return None if miss is None else miss.value
 
 
 def failed(seq: int, error: Exception) -> wire.Failed:
@@ -184,10 +199,6 @@ def failed(seq: int, error: Exception) -> wire.Failed:
 def _offsets(lease: Lease, start: int, stop: int) -> bytes:
     packed: bytes = lease.offsets(start, stop).astype("<u8").tobytes()
     return packed
-
-
-def _miss(lease: Lease) -> str | None:
-    return None if lease.miss is None else lease.miss.value
 
 
 def _retention(request: wire.Reserve | wire.Retain) -> Retention:

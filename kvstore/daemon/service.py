@@ -14,10 +14,12 @@ from kvstore.errors import RequestError
 from kvstore.hot import HotPrefixes, Prefix
 from kvstore.store import BlockStore
 from kvstore.tenant import Tenant
+from kvstore.tier import Miss
 
 log = logging.getLogger(__name__)
 
 MiB = 1 << 20
+FLUSHES = 2  # at once, over all clients
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Service:
         self.checking = asyncio.Lock()  # whose turn it is to have blocks checked
         self.hot = HotPrefixes()
         self.stopping = False  # the doors are about to close, or the store to end
+        self._flushing = asyncio.Semaphore(FLUSHES)
         self._watchers: set[Callable[[], None]] = set()
         self._loop = asyncio.get_running_loop()
         self._awake = False
@@ -63,6 +66,20 @@ class Service:
             session.close()
             log.info("%s left", session.peer, extra={"tenant": session.tenant.name})
 
+    async def flush(self, timeout_s: float) -> bool:
+        """As of the store, but few at a time: each waits in a thread that others want as well."""
+        until_s = self._loop.time() + timeout_s
+        try:
+            async with asyncio.timeout_at(until_s):
+                await self._flushing.acquire()
+        except TimeoutError:
+            return False
+        try:
+            left_s = max(0.0, until_s - self._loop.time())
+            return await asyncio.to_thread(self.store.flush, left_s)
+        finally:
+            self._flushing.release()
+
     def count_served(self, tenant: Tenant, held: Leased) -> None:
         """asked = ram hits + nvme hits + misses by reason, for each tenant."""
         counted, lease, asked = self.tenant_blocks[tenant.name], held.lease, held.asked
@@ -74,8 +91,8 @@ class Service:
             prefix = Prefix(tenant.name, asked.namespace.fingerprint, asked.keys[0])
             self.hot.add(prefix, len(lease))
         if len(lease) < len(asked):
-            reason = lease.miss.value if lease.miss is not None else "too_slow"
-            counted[f"miss_{reason}"] += len(asked) - len(lease)
+            reason = held.miss or Miss.TOO_SLOW
+            counted[f"miss_{reason.value}"] += len(asked) - len(lease)
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Call `changed` in the loop when a block has arrived, or something was written."""

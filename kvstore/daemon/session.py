@@ -14,11 +14,14 @@ from kvstore.lease import Lease
 from kvstore.reservation import Reservation
 from kvstore.retention import Retained, Retention
 from kvstore.tenant import Right, Tenant
+from kvstore.tier import Miss
 
 if TYPE_CHECKING:
     from kvstore.daemon.service import Service
 
 MAX_NAMESPACES = 1024  # of one session
+MAX_HELD = 16_384  # leases and reservations of one session; beyond, they are empty
+MAX_BLOCK_BYTES = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,12 @@ class Leased:
     lease: Lease
     asked: Chain
     nbytes: int  # that count against the client
+
+    @property
+    def miss(self) -> Miss | None:
+        """Why the client gets no more; where it holds too much already, the store does not know."""
+        cut = Miss.TOO_SLOW if len(self.lease) < len(self.asked) else None
+        return self.lease.miss or cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +79,10 @@ class Session:
         """The number by which this client's messages name the namespace from now on."""
         try:
             asked = Namespace.from_json(record)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"that is no namespace record: {error}") from error
+        if asked.layout.block_bytes > MAX_BLOCK_BYTES:
+            raise RequestError(f"blocks of more than {MAX_BLOCK_BYTES} bytes are not kept")
         opened = _Opened(asked, self.tenant.namespace(asked))
         if opened in self._namespaces:
             return self._namespaces.index(opened)
@@ -179,5 +190,7 @@ class Session:
             raise RightsError(f"the tenant {self.tenant.name} has no right to {right}")
 
     def _room_blocks(self, block_bytes: int) -> int:
+        if len(self.leases) + len(self.reservations) >= MAX_HELD:
+            return 0
         room = self._service.limits.in_flight_bytes - self.in_flight_bytes
         return max(0, room // block_bytes)

@@ -15,8 +15,10 @@ from kvstore.daemon.grpc_door import GrpcDoor
 from kvstore.daemon.listening import Endpoint
 from kvstore.daemon.service import Limits
 from kvstore.daemon.tokens import Tenants
+from kvstore.verbs import Store
 from tests.daemon.doors import Daemon, DaemonProcess
 from tests.daemon.grpc_client import GrpcClient
+from tests.daemon.subjects import SUBJECTS
 from tests.store.rig import Rig, RunningClock
 
 MakeProcess = Callable[..., DaemonProcess]
@@ -104,3 +106,9 @@ def remote(address: str) -> Iterator[GrpcClient]:
     """A gRPC client of `daemon`, without a token."""
     with GrpcClient(address) as client:
         yield client
+
+
+@pytest.fixture(params=SUBJECTS, ids=lambda subject: subject.__name__)
+def store(request: pytest.FixtureRequest, rig: Rig, tmp_path: Path) -> Iterator[Store]:
+    """The subject; `rig` is what stands behind it."""
+    yield from request.param(rig, tmp_path)

@@ -7,9 +7,9 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from kvstore.tier import LocalTier, ReadRequest, ReadResult, WriteItem, WriteRes
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.ram import RamTier
 from kvstore.verbs import Lease, Store
+
+T = TypeVar("T")
 
 NAMESPACE = Namespace("tiny", "weights", "tokenizer", "float16", 1, 2, 64, 16, "rope")
 BLOCK = NAMESPACE.layout.block_bytes  # 8 KiB
@@ -187,6 +189,7 @@ class Rig:
         **bounds: Any,
     ) -> None:
         """Without a path there is no NVMe. `wrap` goes between the gate and the tier."""
+        self.path = path
         self.clock = clock or FakeClock()
         self.ram = RamTier(ram_blocks * BLOCK)
         self.gate: Any = None
@@ -232,6 +235,10 @@ class Rig:
         hub = self.hub
         with hub.lock:
             assert hub.changed.wait_for(condition, PATIENCE_S)
+
+    def run_in_background(self, work: Coroutine[Any, Any, T]) -> T:
+        """What the coroutine returns, run where the store moves its bytes."""
+        return self.store._loop.spawn(work).result(PATIENCE_S)
 
     def is_quiet(self) -> bool:
         """Whether nothing is pinned and nothing moves. Lock held."""

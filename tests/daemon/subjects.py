@@ -1,0 +1,55 @@
+"""The stores that the conformance suite runs, and how to reach behind their backs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kvstore.hashing import Chain, Key
+from kvstore.tiers.nvme import NvmeTier
+from kvstore.verbs import Store
+from tests.daemon.doors import Daemon
+from tests.store.rig import BLOCK, PATIENCE_S, Rig, content, put
+from tests.tiers.subjects import extent, flip_in_file
+
+Open = Callable[[Rig, Path], Iterator[Store]]
+
+
+def in_process(rig: Rig, folder: Path) -> Iterator[Store]:
+    yield rig.store
+
+
+def over_the_local_door(rig: Rig, folder: Path) -> Iterator[Store]:
+    with Daemon(rig.store, folder / "kvstore.sock") as daemon, daemon.connect() as client:
+        yield client
+
+
+SUBJECTS: tuple[Open, ...] = (in_process, over_the_local_door)
+
+
+def put_behind(rig: Rig, blocks: Chain) -> None:
+    """Behind the subject's back; and nothing of it moves any more."""
+    put(rig.store, blocks)
+    assert rig.store.flush(PATIENCE_S)
+
+
+def pinned(rig: Rig) -> int:
+    return rig.store.stats().ram["pinned_blocks"]
+
+
+def damage(rig: Rig, key: Key) -> None:
+    """Change one bit of a block on the drive."""
+    assert isinstance(rig.nvme, NvmeTier)
+    assert rig.path is not None
+    flip_in_file(rig.path / "slab", extent(rig.nvme, key)[0], 5)
+
+
+def stored(rig: Rig, blocks: Chain) -> list[bytes]:
+    """The bytes in the arena, found by the RAM tier's own table."""
+    index = rig.ram.slots.index
+    starts = [index.offset.item(index.rows_by_key[key]) for key in blocks]
+    return [bytes(rig.ram.buffer[start : start + BLOCK]) for start in starts]
+
+
+def right(blocks: Chain) -> list[bytes]:
+    return [content(key) for key in blocks]
