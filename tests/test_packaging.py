@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = {".py", ".pyi", ".proto", ".cu", ".cuh", ".typed", ".md"}
+SHIPPED = {".py", ".pyi", ".proto", ".cu", ".cuh", ".typed", ".md", ".html"}
 
 
 def build(kind: str, tree: Path, into: Path) -> Path:

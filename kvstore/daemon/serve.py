@@ -11,6 +11,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from kvstore import compose
+from kvstore.daemon.listening import Endpoint, parse_endpoint
 from kvstore.daemon.local_door import LocalDoor
 from kvstore.daemon.service import Limits, Service
 from kvstore.daemon.socket_path import SocketPath, socket_of
@@ -27,22 +28,25 @@ log = logging.getLogger(__name__)
 def serve(settings: Settings) -> None:
     """Run until SIGTERM, SIGINT or SIGHUP, then end in order.
 
-    Raises InputError for what a person can mend: a socket or directory in use, sizes that
+    Raises InputError for what a person can mend: a socket, port or directory in use, sizes that
     cannot be.
     """
+    http = _http_endpoint(settings.daemon.http)
     path = SocketPath(socket_of(settings))
     try:
         store = compose.open(settings)
         try:
-            asyncio.run(_run(settings, store, path))
+            asyncio.run(_run(settings, store, path, http))
         finally:
             store.close(settings.daemon.shutdown_s)
     finally:
         path.close()
 
 
-async def _run(settings: Settings, store: BlockStore, path: SocketPath) -> None:
-    """Open the doors, wait for a signal, close them."""
+async def _run(
+    settings: Settings, store: BlockStore, path: SocketPath, http: Endpoint | None
+) -> None:
+    """Open the doors, wait for a signal, close them; the one that tells of it last."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -50,6 +54,11 @@ async def _run(settings: Settings, store: BlockStore, path: SocketPath) -> None:
     asked = settings.daemon
     service = Service(store, Limits(asked.client_bytes, asked.connections, asked.event_log_blocks))
     async with contextlib.AsyncExitStack() as doors:
+        if http is not None:
+            from kvstore.daemon.http_door import HttpDoor
+
+            doors.push_async_callback((await HttpDoor.open(service, http)).close)
+        doors.push_async_callback(asyncio.to_thread, store.close, asked.shutdown_s)
         doors.callback(service.close)
         local = LocalDoor(service, path)
         doors.push_async_callback(local.close)
@@ -58,8 +67,24 @@ async def _run(settings: Settings, store: BlockStore, path: SocketPath) -> None:
         log.info("ready: unix://%s", path.path)
         tell_systemd("READY=1")
         await stopping.wait()
+        service.stopping = True
         log.info("ending: what is in RAM goes to NVMe for up to %g s", asked.shutdown_s)
         tell_systemd("STOPPING=1")
+
+
+def _http_endpoint(text: str | None) -> Endpoint | None:
+    """Where the HTTP door is to listen, if anywhere: all that can be refused, before we begin."""
+    if text is None:
+        return None
+    endpoint = parse_endpoint(text, "daemon.http")
+    try:
+        from kvstore.daemon.http_door import check_loopback
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"daemon.http needs {error.name}, which is not installed: pip install 'kvstore[daemon]'"
+        ) from None
+    check_loopback(endpoint)
+    return endpoint
 
 
 def _zmq_door(service: Service, publish: str, replay: str | None) -> ZmqDoor:
