@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvstore.client.address import parse
 from kvstore.client.client import StoreClient
+from kvstore.client.shared_link import SharedLink
+from kvstore.client.stream_link import StreamLinks
+from kvstore.client.tls import client_tls
 from kvstore.errors import SettingsError
 from kvstore.hub import Bounds
 from kvstore.settings import Settings
@@ -37,9 +41,7 @@ def open(settings: Settings | None = None, /, **overrides: Any) -> BlockStore:
     """
     for name in overrides:
         if name.startswith(_NOT_OF_A_STORE):
-            raise SettingsError(
-                f"{name}: no setting of a store, but of the engine or the daemon"
-            )
+            raise SettingsError(f"{name}: no setting of a store, but of the engine or the daemon")
     chosen = override(settings, overrides)
     bounds = Bounds(**chosen.store.model_dump())
     nvme = _open_nvme(chosen)
@@ -69,14 +71,33 @@ def open_directory(path: Path, settings: Settings) -> BlockStore:
     return open(settings.model_copy(update={"nvme": nvme, "ram": ram}))
 
 
-def connect(url: str) -> StoreClient:
-    """The store of a daemon, `unix:///path/to/socket`: the same verbs as that of `open`.
+def connect(
+    url: str,
+    *,
+    token: str = "",
+    ca: str | Path | None = None,
+    certificate: str | Path | None = None,
+    key: str | Path | None = None,
+    timeout_s: float = 5.0,
+) -> StoreClient:
+    """The store of a daemon: the same verbs as that of `open`.
+
+    `unix:///path/to/socket` on this machine, `kvstore://host:port` on another. There
+    `token` says who we are, `ca` (PEM) is who must have signed the daemon's certificate and
+    turns TLS on, and `certificate` and `key` (PEM) are ours, where it asks for one. A
+    connection, and every answer, is waited for `timeout_s` at most.
 
     A daemon that is away is no error: everything is a miss until it is back. The caller
-    closes the client (it is a context manager). Raises SettingsError for an address that
-    makes no sense, RightsError and WireError where a daemon is there but refuses.
+    closes the client (it is a context manager). Raises SettingsError for what makes no
+    sense, RightsError and WireError where a daemon is there but refuses.
     """
-    return StoreClient(parse(url))
+    address = parse(url)
+    if address.path is not None:
+        if token or ca or certificate or key:
+            raise SettingsError(f"{url}: a Unix socket needs no token and no certificates")
+        return StoreClient(str(address), partial(SharedLink, address, timeout_s))
+    tls = client_tls(ca, certificate, key)
+    return StoreClient(str(address), StreamLinks(address, token, tls, timeout_s))
 
 
 def _open_nvme(settings: Settings) -> NvmeTier | None:

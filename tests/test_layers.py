@@ -65,7 +65,7 @@ LAYERS = {
     "clock": Layer("clock"),
     "tier": Layer("tier frame", "errors pure"),
     "verbs": Layer("verbs inventory", "errors pure tier"),
-    "wire": Layer("wire", "errors pure"),
+    "wire": Layer("wire stream", "errors pure"),
     "machine": Layer("machine mapping"),
     "settings": Layer("settings sources", "errors pure machine"),
     "kernels": Layer("kernels", "errors pure"),

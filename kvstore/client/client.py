@@ -12,10 +12,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kvstore import wire
-from kvstore.answers import NVME, Explanation, Probe, Stats
-from kvstore.client.address import Address
+from kvstore.answers import Explanation, Probe, Stats
 from kvstore.client.lease import ClientLease, NoLease
-from kvstore.client.link import Link, tiers
+from kvstore.client.link import Link
 from kvstore.client.reservation import ClientReservation, NoReservation
 from kvstore.errors import ClosedError, ConnectionLostError, KVStoreError, WireError
 from kvstore.hashing import Chain
@@ -41,26 +40,24 @@ class StoreClient:
     forks needs a client of its own in the child.
     """
 
-    def __init__(self, address: Address, *, timeout_s: float = 5.0) -> None:
-        """Tries to connect once, for `timeout_s` at most, which also bounds every reply.
+    def __init__(self, name: str, connect: Callable[[], Link]) -> None:
+        """Connects at once. `name` is the daemon's, for people.
 
         An absent daemon is not an error. Raises RightsError or WireError where there is one
         that does not want us, or speaks another version, RequestError where it has no room.
         """
         self._pid = os.getpid()
-        self._address = address
-        self._timeout_s = timeout_s
+        self._name = name
+        self._connect = connect
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._reconnecting: threading.Thread | None = None
         self._link: Link | None = None
         self._past: list[Link] = []  # lost, of which something is still held
-        self._queued: dict[str, int] = {}
         self._missed_blocks = 0  # asked for while the daemon was away
         self._why_away = ""
-        self.load_costs: Mapping[str, LinearCost] = {NVME: LinearCost()}
         try:
-            self._link = Link(address, timeout_s)
+            self._link = connect()
         except ConnectionLostError as error:
             log.warning("%s; going on without it", error)
             self._why_away = str(error)
@@ -75,15 +72,10 @@ class StoreClient:
 
     def probe(self, chain: Chain) -> Probe:
         def probe(link: Link) -> Probe:
-            probed = link.ask(wire.ProbeChain, chain)
-            found = tiers(probed.tiers)
-            if len(found) != len(chain):
+            answer = link.probed(link.ask(wire.ProbeChain, chain))
+            if len(answer.tiers) != len(chain):
                 raise WireError("the daemon did not answer what it was asked")
-            self._queued = {NVME: probed.queued_bytes}
-            self.load_costs = {
-                NVME: LinearCost.of(probed.latency_s, probed.s_per_byte, probed.observations)
-            }
-            return Probe(found)
+            return answer
 
         return self._ask(probe) or Probe([None] * len(chain))
 
@@ -101,9 +93,14 @@ class StoreClient:
         away = Stats({}, {}, {}, {Miss.BREAKER.value: self._missed_blocks}, {})
         return self._ask(lambda link: _value(Stats, link.ask_alone(wire.GetStats))) or away
 
+    @property
+    def load_costs(self) -> Mapping[str, LinearCost]:
+        link = self._link
+        return {} if link is None else link.costs
+
     def queued_bytes(self) -> Mapping[str, int]:
-        """As of the last probe."""
-        return self._queued
+        link = self._link
+        return {} if link is None else link.queued_bytes()
 
     # ---- reading
 
@@ -117,7 +114,7 @@ class StoreClient:
 
             def lease(reply: wire.Reply) -> None:
                 if isinstance(reply, wire.Leased):
-                    leases.append(ClientLease(link, block_bytes, reply, until_s))
+                    leases.append(link.lease(reply, block_bytes, until_s))
 
             return link.ask(wire.Acquire, chain, lease, deadline_s=deadline_s)
 
@@ -144,7 +141,7 @@ class StoreClient:
 
             def take(reply: wire.Reply) -> None:
                 if isinstance(reply, wire.Reserved):
-                    taken.append(ClientReservation(link, block_bytes, reply))
+                    taken.append(link.reservation(reply, block_bytes))
 
             return link.ask(
                 wire.Reserve, chain, take, priority=asked.priority, ttl_s=_bounded(asked.ttl_s)
@@ -209,7 +206,7 @@ class StoreClient:
     def check_connected(self) -> None:
         """Raises ConnectionLostError while the daemon is away, for those who cannot go on so."""
         if not self.is_connected:
-            raise ConnectionLostError(self._why_away or f"{self._address} cannot be reached")
+            raise ConnectionLostError(self._why_away or f"{self._name} cannot be reached")
 
     def ask(self, kind: type[Any], **fields: Any) -> Any:
         """The reply to a request about the daemon itself.
@@ -248,7 +245,7 @@ class StoreClient:
         """The daemon is away. Leases on the link stay what they are; nothing new is asked there."""
         with self._lock:
             if self._link is link:
-                self._why_away = f"{self._address}: {link.connection.lost}"
+                self._why_away = f"{self._name}: {link.connection.lost}"
                 log.warning("%s; going on without it", self._why_away)
                 self._link = None
                 self._past.append(link)
@@ -274,14 +271,14 @@ class StoreClient:
         while not self._closing.wait(wait_s):
             wait_s = min(2 * wait_s, LAST_RETRY_S)
             try:
-                link = Link(self._address, self._timeout_s)
+                link = self._connect()
             except KVStoreError as error:
                 log.debug("still away: %s", error)
                 continue
             with self._lock:
                 if not self._closing.is_set():
                     self._link = link
-                    log.info("%s: connected again", self._address)
+                    log.info("%s: connected again", self._name)
                     return
             link.retire()
 

@@ -1,9 +1,10 @@
-"""Blocks of the daemon's arena, pinned for this process."""
+"""Blocks of a daemon, some of them perhaps still on their way."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from types import TracebackType
 from typing import Any, Self
@@ -14,40 +15,34 @@ from kvstore.client.link import Link, tiers
 from kvstore.errors import ClosedError, WireError
 from kvstore.tier import Miss
 
-# How much later than its deadline a lease may hear of it from a daemon that works.
-GRACE_S = 0.25
 
+class ClientLease(ABC):
+    """See `verbs.Lease`. What is ready is readable until release, also when the daemon is lost.
 
-class ClientLease:
-    """See `verbs.Lease`. Its bytes are the daemon's memory itself; nothing is copied.
-
-    Where the daemon is lost, what is ready stays readable until release, and what is not
-    is a miss.
+    What is not ready then is a miss.
     """
 
-    def __init__(
-        self, link: Link, block_bytes: int, leased: wire.Leased, deadline_s: float
-    ) -> None:
-        """`turn` of the link's connection is held; `deadline_s` by this process's monotonic.
+    _is_held = False  # an empty lease is nothing to the daemon
+    _released = False
 
-        Raises WireError.
-        """
-        self._is_held = False  # an empty lease is nothing to the daemon
+    def __init__(self, link: Link, leased: wire.Leased, deadline_s: float) -> None:
+        """As `Link.lease`."""
         self._link = link
-        self._block_bytes = block_bytes
         self._number = leased.lease
         self._sources = tiers(leased.sources)
         self._blocks = len(leased.sources)
+        self._ready = 0
         self._miss = _miss(leased.miss)
         self._deadline_s = deadline_s
-        self._places: list[slice] = []  # in the arena, of the blocks that are ready
         self._views: list[memoryview] = []  # of those that were asked for
         self._is_cut = False  # nothing more comes
-        self._released = False
-        self._more(leased.offsets, self._blocks)
         if self._blocks:
             self._is_held = True
             link.leases[self._number] = ref(self)
+
+    @abstractmethod
+    def _views_of(self, start: int, stop: int) -> list[memoryview]:
+        """Of blocks that are ready."""
 
     def __len__(self) -> int:
         return self._blocks
@@ -61,30 +56,30 @@ class ClientLease:
         return [source or "" for source in self._sources[: self._blocks]]
 
     def ready(self) -> int:
-        if len(self._places) < self._blocks:
+        if self._ready < self._blocks:
             self._link.connection.drain()
             self._cut_if_over()
-        return len(self._places)
+        return self._ready
 
     def wait(self, n: int | None = None, timeout_s: float | None = None) -> int:
-        if len(self._places) >= self._blocks:
-            return len(self._places)
-        give_up_s = self._deadline_s + GRACE_S
+        if self._ready >= self._blocks:
+            return self._ready
+        give_up_s = self._deadline_s + self._link.grace_s
         if timeout_s is not None:
             give_up_s = min(give_up_s, time.monotonic() + timeout_s)
         self._link.connection.wait(
-            lambda: len(self._places) >= (self._blocks if n is None else min(n, self._blocks)),
+            lambda: self._ready >= (self._blocks if n is None else min(n, self._blocks)),
             give_up_s,
         )
         self._cut_if_over()
-        return len(self._places)
+        return self._ready
 
     def __await__(self) -> Generator[Any, None, int]:
         return asyncio.to_thread(self.wait).__await__()
 
     @property
     def views(self) -> list[memoryview]:
-        """Read-only; owned by the daemon's arena. Raises ClosedError after release.
+        """Read-only. Raises ClosedError after release.
 
         Keep the lease as long as its views: a lost one is released by the next verb.
         """
@@ -92,10 +87,9 @@ class ClientLease:
         if self._released:
             raise ClosedError("the lease was released; its blocks may no longer be read")
         # Replaced as a whole: two threads may make the same views, but never a wrong list.
-        views, memory = self._views, self._link.readable
+        views = self._views
         if len(views) < ready:
-            more = [memory[place] for place in self._places[len(views) : ready]]
-            views = self._views = views + more
+            views = self._views = views + self._views_of(len(views), ready)
         return views[:ready]
 
     def release(self) -> None:
@@ -104,7 +98,7 @@ class ClientLease:
                 return
             self._released = True
             self._views = []
-            if len(self._places) < self._blocks:
+            if self._ready < self._blocks:
                 # The owner did not want to wait any longer: to it, the tier was too slow.
                 self._cut_locked(Miss.TOO_SLOW)
                 self._link.connection.wake_locked()
@@ -116,13 +110,11 @@ class ClientLease:
 
         Raises WireError.
         """
-        if self._is_cut:
-            return
-        if progress.blocks > self._blocks:
-            raise WireError("the daemon makes a lease longer")
-        self._more(progress.offsets, progress.blocks)
-        self._blocks = progress.blocks
-        self._miss = _miss(progress.miss)
+        if not self._is_cut:
+            if not self._ready <= progress.blocks <= self._blocks:
+                raise WireError("the daemon makes a lease longer, or takes back what was ready")
+            self._blocks = progress.blocks
+            self._miss = _miss(progress.miss)
 
     def __enter__(self) -> Self:
         return self
@@ -140,26 +132,19 @@ class ClientLease:
         if self._is_held and not self._released:
             self._link.abandoned.append(wire.Release(self._number))
 
-    def _more(self, offsets: bytes, blocks: int) -> None:
-        """Blocks have become ready, of `blocks` at most."""
-        places = self._places + self._link.places(offsets, self._block_bytes)
-        if len(places) > blocks:
-            raise WireError("the daemon has more blocks ready than are leased")
-        self._places = places
-
     def _cut_locked(self, miss: Miss) -> None:
         self._is_cut = True
-        self._blocks, self._miss = len(self._places), miss
+        self._blocks, self._miss = self._ready, miss
 
     def _cut_if_over(self) -> None:
         """What has not come, and will not: the daemon is lost, or late beyond all deadlines."""
         link = self._link
         with link.connection.turn:
-            if len(self._places) >= self._blocks:
+            if self._ready >= self._blocks:
                 return
             if link.is_lost:
                 self._cut_locked(Miss.BREAKER)
-            elif time.monotonic() >= self._deadline_s + GRACE_S:
+            elif time.monotonic() >= self._deadline_s + link.grace_s:
                 self._cut_locked(Miss.DEADLINE)
 
 

@@ -1,72 +1,64 @@
-"""One connection to a daemon, and the memory that came with it."""
+"""One connection to a daemon, and what is held through it."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-import numpy as np
-
 from kvstore import wire
-from kvstore.client.address import Address
-from kvstore.client.connection import Connection, refusal
+from kvstore.answers import Probe
+from kvstore.client.exchange import Exchange
 from kvstore.errors import ConnectionLostError, RequestError, WireError
 from kvstore.hashing import Chain
-from kvstore.mapping import map_shared
-from kvstore.version import __version__
+from kvstore.planner import LinearCost
 
 if TYPE_CHECKING:
     from kvstore.client.lease import ClientLease
+    from kvstore.client.reservation import ClientReservation
 
 Ending = wire.Release | wire.Abort
 
 
-class Link:
+class Link(ABC):
     """What leases and reservations stand on; of use until the daemon is lost, and no longer.
 
-    Memory stays readable, and leases stay pinned, for as long as someone holds them: the
-    socket is closed after the last one, also when the daemon is no longer heard. So it is
-    with reservations, for a slot that was given back becomes another block.
+    `costs` are of reading from the tiers that a probe names.
     """
 
-    def __init__(self, address: Address, timeout_s: float) -> None:
-        """Connects, in `timeout_s` at most.
+    grace_s = 0.0  # how much later than its deadline a lease may hear of it from the daemon
+    connection: Exchange
+    costs: Mapping[str, LinearCost]
 
-        Raises ConnectionLostError, RightsError, RequestError, WireError.
-        """
-        sock, welcome, fds = _greet(address, timeout_s)
-        try:
-            if len(fds) != 1 or not welcome.arena_bytes:
-                raise WireError("the daemon has sent no memory")
-            if os.fstat(fds[0]).st_size < welcome.arena_bytes:
-                raise WireError("the daemon's memory is smaller than it says")
-            self.arena = map_shared(fds[0], welcome.arena_bytes)
-            self.readable = self.arena.toreadonly()
-        except BaseException as error:
-            sock.close()
-            if isinstance(error, OSError):
-                raise ConnectionLostError(f"the arena cannot be mapped: {error}") from error
-            raise
-        finally:
-            for fd in fds:
-                os.close(fd)
+    def __init__(self) -> None:
         # Of what is held here, by number; guarded by the connection's `turn`.
         self.leases: dict[int, ref[ClientLease]] = {}
         self.reservations: set[int] = set()
         # What lost owners held. The collector finds them, and may run while this very thread
         # has `turn`: it only leaves word here.
         self.abandoned: deque[Ending] = deque()
-        # Not a method: the last lease to go takes the link with it, and the socket.
-        pushed = partial(_pushed, self.leases, self.abandoned)
-        self.connection = Connection(sock, timeout_s, pushed)
         self._namespaces: dict[bytes, int] = {}
         self._retired = False
+
+    @abstractmethod
+    def lease(self, leased: wire.Leased, block_bytes: int, deadline_s: float) -> ClientLease:
+        """With `turn` held; `deadline_s` by this process's monotonic. Raises WireError."""
+
+    @abstractmethod
+    def reservation(self, reserved: wire.Reserved, block_bytes: int) -> ClientReservation:
+        """With `turn` held. Raises WireError."""
+
+    @abstractmethod
+    def probed(self, answer: wire.Probed) -> Probe:
+        """Where blocks are, as far as this process is concerned. Raises WireError."""
+
+    @abstractmethod
+    def queued_bytes(self) -> Mapping[str, int]:
+        """What each tier has still to bring for those who asked before."""
 
     @property
     def is_lost(self) -> bool:
@@ -74,6 +66,7 @@ class Link:
 
     @property
     def is_held(self) -> bool:
+        """Whether anyone would miss the connection, though nothing new is asked."""
         return bool(self.leases or self.reservations)
 
     def ask(
@@ -104,13 +97,6 @@ class Link:
         request = kind(seq, **fields)
         return _expected(request, self.connection.request(seq, request))
 
-    def places(self, offsets: bytes, nbytes: int) -> list[slice]:
-        """Where in the arena blocks lie. Raises WireError for what lies outside."""
-        starts = wire.unpack_offsets(offsets)
-        if len(starts) and int(starts.max()) + nbytes > len(self.arena):
-            raise WireError("the daemon names memory outside its arena")
-        return list(map(slice, starts.tolist(), (starts + np.uint64(nbytes)).tolist()))
-
     def let_go(self, ending: Ending) -> None:
         """Tell the daemon that something is no longer held."""
         with contextlib.suppress(ConnectionLostError):
@@ -140,6 +126,10 @@ class Link:
         with self.connection.turn:
             self._retired = True
         self._close_if_over()
+
+    def _hearing(self) -> Callable[[wire.Reply], None]:
+        """For the connection. Not a method: the last lease to go takes the link with it."""
+        return partial(_pushed, self.leases, self.abandoned)
 
     def _close_if_over(self) -> None:
         connection = self.connection
@@ -190,38 +180,3 @@ def _expected(request: wire.Request, reply: wire.Reply) -> wire.Reply:
     if not isinstance(reply, _ANSWERS.get(type(request), object)):
         raise WireError("the daemon did not answer what it was asked")
     return reply
-
-
-def _greet(address: Address, timeout_s: float) -> tuple[socket.socket, wire.Welcome, list[int]]:
-    """Say hello, and read the daemon's answer and the descriptors that come with it."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    fds: list[int] = []
-    try:
-        sock.settimeout(timeout_s)
-        sock.connect(os.fspath(address.path or ""))
-        sock.sendall(wire.encode(wire.Hello(wire.VERSION, f"kvstore {__version__}")))
-        prefix, fds, _, _ = socket.recv_fds(sock, wire.LENGTH_BYTES, 1)
-        prefix += _exactly(sock, wire.LENGTH_BYTES - len(prefix))
-        reply = wire.decode_reply(_exactly(sock, wire.body_bytes(prefix)))
-        if isinstance(reply, wire.Failed):
-            raise refusal(reply)
-        if not isinstance(reply, wire.Welcome) or reply.version != wire.VERSION:
-            raise WireError("what listens there is no kvstore daemon of this version")
-        return sock, reply, fds
-    except BaseException as error:
-        sock.close()
-        for fd in fds:
-            os.close(fd)
-        if isinstance(error, OSError):
-            raise ConnectionLostError(f"{address} cannot be reached: {error}") from error
-        raise
-
-
-def _exactly(sock: socket.socket, nbytes: int) -> bytes:
-    data = b""
-    while len(data) < nbytes:
-        piece = sock.recv(nbytes - len(data))
-        if not piece:
-            raise ConnectionResetError("the daemon has closed the connection")
-        data += piece
-    return data

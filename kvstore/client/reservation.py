@@ -1,7 +1,8 @@
-"""Slots of the daemon's arena, for this process to fill."""
+"""Slots of a daemon, for this process to fill."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -11,14 +12,15 @@ from kvstore.errors import ClosedError, ConnectionLostError, WireError
 
 
 class ClientReservation:
-    """See `verbs.Reservation`. What is written to `views` is written to the daemon's memory."""
+    """See `verbs.Reservation`. Over shared memory its views are the daemon's slots themselves."""
 
-    def __init__(self, link: Link, block_bytes: int, reserved: wire.Reserved) -> None:
-        """`turn` of the link's connection is held. Raises WireError."""
-        self._open = False  # until all is well
+    _open = False  # until all is well
+
+    def __init__(self, link: Link, reserved: wire.Reserved, views: Sequence[memoryview]) -> None:
+        """As `Link.reservation`; the views are borrowed until `commit` or `abort`."""
         self._link = link
         self._number = reserved.reservation
-        self._views = [link.arena[place] for place in link.places(reserved.offsets, block_bytes)]
+        self._views = list(views)
         self.indices = wire.unpack_indices(reserved.indices)
         if len(self.indices) != len(self._views):
             raise WireError("the daemon has reserved other slots than it says")
@@ -30,7 +32,7 @@ class ClientReservation:
 
     @property
     def views(self) -> list[memoryview]:
-        """Writable; owned by the daemon's arena. Not to be touched after `commit` or `abort`."""
+        """Writable. Not to be touched after `commit` or `abort`."""
         if not self._open:
             raise ClosedError("the reservation was committed or aborted before")
         return self._views.copy()
@@ -40,11 +42,15 @@ class ClientReservation:
         if not self._open:
             raise ClosedError("the reservation was committed or aborted before")
         self._open = False
+        payload = self._payload()
         self._views = []
         connection = self._link.connection
         seq = connection.next_seq()
+        nbytes = sum(map(len, payload))
         try:
-            counted = connection.request(seq, wire.Commit(seq, self._number))
+            counted = connection.request(
+                seq, wire.Commit(seq, self._number, nbytes), payload=payload
+            )
         except ConnectionLostError:
             return 0
         finally:
@@ -56,6 +62,10 @@ class ClientReservation:
             self._open = False
             self._views = []
             self._link.let_go(wire.Abort(self._number))
+
+    def _payload(self) -> Sequence[memoryview]:
+        """What the daemon has to be sent to have the blocks."""
+        return ()
 
     def __del__(self) -> None:
         # As with leases: only leave word.
