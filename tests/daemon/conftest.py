@@ -75,6 +75,7 @@ def _grpc_runtime() -> None:
     """What grpc starts once and keeps: a thread that polls for asyncio, a few descriptors."""
 
     async def start_and_stop() -> None:
+        grpc.aio.init_grpc_aio()  # in a loop: there may be none outside
         server = grpc.aio.server()
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -82,7 +83,6 @@ def _grpc_runtime() -> None:
             await asyncio.to_thread(grpc.channel_ready_future(channel).result)
         await server.stop(None)
 
-    grpc.aio.init_grpc_aio()
     asyncio.run(start_and_stop())
 
 
