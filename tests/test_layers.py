@@ -57,7 +57,7 @@ LAYERS = {
     "errors": Layer("errors version", pure=True),
     "pure": Layer(
         "identity hashing layout allocator index policy retention planner codec slots "
-        "quantities answers breaker admission eviction expiry rowheap tenant "
+        "quantities answers breaker admission eviction expiry rowheap tenant chains "
         "hot histogram events",
         "errors",
         pure=True,
@@ -77,6 +77,7 @@ LAYERS = {
         "errors pure clock tier verbs",
     ),
     "client": Layer("client", "errors pure clock tier verbs wire machine"),
+    "archive": Layer("archive", "errors pure tier verbs"),
     "engine": Layer("engine", "errors pure clock tier verbs kernels tiers hbm"),
     "compose": Layer("compose", "errors pure clock tier settings tiers store client"),
     "proto": Layer("proto"),
@@ -86,8 +87,8 @@ LAYERS = {
     ),
     "cli": Layer(
         "cli __main__",
-        "errors pure clock tier verbs machine settings tiers store client engine compose daemon "
-        "public",
+        "errors pure clock tier verbs machine settings tiers store client archive engine compose "
+        "daemon public",
     ),
     "connectors": Layer("connectors", "errors pure tier verbs kernels store client public"),
 }

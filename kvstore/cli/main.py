@@ -17,9 +17,11 @@ from kvstore.cli.chat import chat
 from kvstore.cli.daemon import daemon
 from kvstore.cli.demo import demo
 from kvstore.cli.generate import generate
-from kvstore.cli.inspect import ls, stat, verify
+from kvstore.cli.ls import ls
 from kvstore.cli.settings import settings
+from kvstore.cli.stat import stat
 from kvstore.cli.stdout import Stdout
+from kvstore.cli.verify import verify
 from kvstore.errors import InputError, KVStoreError
 
 BAD_INPUT, FAILED, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from kvstore.hashing import TokenChain
 from kvstore.identity import Namespace
-from kvstore.store import BlockStore
+from kvstore.verbs import Store
 
 
 class Done(NamedTuple):
@@ -60,7 +60,7 @@ def namespace(model: str = "a model") -> Namespace:
     )
 
 
-def fill(store: BlockStore, blocks: int, model: str = "a model") -> TokenChain:
+def fill(store: Store, blocks: int, model: str = "a model") -> TokenChain:
     """Commit a prompt of so many blocks; each block's bytes are its number."""
     chain = TokenChain(namespace(model), range(16 * blocks))
     with store.reserve(chain.chain()) as reservation:

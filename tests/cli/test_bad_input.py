@@ -160,7 +160,7 @@ def test_directories_that_cannot_be_used(here: Callable[..., Done], tmp_path: Pa
     below = tmp_path / "file" / "blocks"
     asked = ("--model", tmp_path, "--nvme-path", below, "--nvme-bytes", "8 MiB", "hello")
     refused(here("generate", *asked), str(below), "Not a directory")
-    refused(here("stat"), "which directory?")
+    refused(here("stat"), "which store? give DIR")
 
 
 def test_a_folder_of_something_else(here: Callable[..., Done], tmp_path: Path) -> None:
@@ -221,6 +221,7 @@ def as_somebody(home: Path | None, tmp_path: Path, *args: str | Path) -> Done:
         "from kvstore.cli import console, conversation, main, model_package, running\n"
         "from kvstore.engine import sampling\n"
         "from kvstore.tiers import nvme_verify\n"
+        "from kvstore.cli import listing, ls, stat, target, verify\n"
         "from kvstore import sources\n"
         "if os.getuid() == 0:\n"
         "    os.setgroups([]), os.setgid(54321), os.setuid(54321)\n"

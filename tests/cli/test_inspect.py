@@ -24,7 +24,7 @@ def blocks(tmp_path: Path) -> Path:
 
 
 def test_ls_lists_every_block(here: Callable[..., Done], blocks: Path) -> None:
-    listed = here("ls", blocks, "--json").data["blocks"]
+    listed = here("ls", "--blocks", blocks, "--json").data["blocks"]
     ours = kvstore.TokenChain(namespace(), range(80)).chain()
     theirs = kvstore.TokenChain(namespace("another model"), range(48)).chain()
     by_key = {bytes.fromhex(block["key"]): block for block in listed}
@@ -37,11 +37,36 @@ def test_ls_lists_every_block(here: Callable[..., Done], blocks: Path) -> None:
     last_uses = [block["last_use_s"] for block in listed]
     assert last_uses == sorted(last_uses, reverse=True)
 
-    plain = here("ls", blocks)
+    plain = here("ls", "--blocks", blocks)
     assert plain.status == 0
     assert [line.split()[0] for line in plain.stdout.splitlines()[1:]] == [
         block["key"] for block in listed
     ]
+
+
+def test_ls_lists_namespaces_and_chains(here: Callable[..., Done], blocks: Path) -> None:
+    listed = here("ls", blocks, "--json").data
+    assert listed["store"] == str(blocks)
+    ours, theirs = listed["namespaces"]
+    assert (ours["model"], ours["blocks"], ours["tokens"]) == ("a model", 5, 80)
+    assert ours["tiers"] == {"nvme": {"blocks": 5, "stored_bytes": 5 * BLOCK_BYTES}}
+    assert ours["namespace"]["layers"] == namespace().layers
+    assert (theirs["model"], theirs["raw_bytes"]) == ("another model", 3 * BLOCK_BYTES)
+    assert "       80     40 KiB" in here("ls", blocks).stdout
+
+    chains = here("ls", "--chains", blocks, "--json").data["chains"]
+    first = kvstore.TokenChain(namespace(), range(16)).chain().keys[0].hex()
+    chain = next(each for each in chains if each["model"] == "a model")
+    assert (chain["head"], chain["blocks"], chain["length"]) == (first, 5, 5)
+    assert chain["starts_a_prompt"] is True
+    assert len(here("ls", "--chains", blocks).stdout.splitlines()) == 3
+
+    name = ours["fingerprint"]
+    for args in (["--namespace", name], ["--namespace", name[:4].upper()]):
+        (only,) = here("ls", *args, blocks, "--json").data["namespaces"]
+        assert only["fingerprint"] == name
+        blocks_of_it = here("ls", "--blocks", *args, blocks, "--json").data["blocks"]
+        assert {block["namespace"] for block in blocks_of_it} == {name}
 
 
 def test_stat_sums_up(here: Callable[..., Done], blocks: Path) -> None:
@@ -55,7 +80,7 @@ def test_stat_sums_up(here: Callable[..., Done], blocks: Path) -> None:
     }
     plain = here("stat", blocks).stdout
     assert "8 blocks, 64 KiB of " in plain
-    assert "5 blocks, 80 tokens, 40 KiB: a model, float32" in plain
+    assert "nvme 5 blocks, 80 tokens, 40 KiB: a model, float32" in plain
     assert "shorter" not in plain
 
 
@@ -71,7 +96,7 @@ def test_verify_finds_nothing_wrong(here: Callable[..., Done], blocks: Path) -> 
     assert plain.status == data.status == 0
     assert plain.stdout == "8 blocks, 64 KiB read: all is well\n"
     assert data.data == {
-        "path": str(blocks),
+        "store": str(blocks),
         "blocks": 8,
         "stored_bytes": 8 * BLOCK_BYTES,
         "findings": [],
@@ -82,7 +107,7 @@ def test_verify_finds_nothing_wrong(here: Callable[..., Done], blocks: Path) -> 
 def test_verify_names_the_block_whose_byte_was_flipped(
     here: Callable[..., Done], blocks: Path
 ) -> None:
-    victim = here("ls", blocks, "--json").data["blocks"][3]
+    victim = here("ls", "--blocks", blocks, "--json").data["blocks"][3]
     with open(blocks / "slab", "r+b") as slab:
         slab.seek(victim["offset"] + BLOCK_BYTES - 1)
         (byte,) = slab.read(1)

@@ -1,0 +1,1 @@
+"""Blocks in a file: written by one store, read by another, on this machine or elsewhere."""

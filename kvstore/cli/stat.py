@@ -1,0 +1,176 @@
+"""`kvstore stat`: what a store holds and how it fares, in a few lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvstore.cli.options import json_option
+from kvstore.cli.target import WHICH, Place, connected, place_options
+from kvstore.quantities import format_size, format_time
+
+if TYPE_CHECKING:
+    from kvstore.settings import Settings
+
+
+@click.command(
+    short_help="Sum up a directory or a running daemon.",
+    help=f"""Sum up a store: its size, its blocks, and whose they are.
+
+    Of a daemon also how full its tiers are, what was served and what missed and why, and
+    who is connected.
+
+    {WHICH}
+
+    \b
+    kvstore stat ~/.cache/kvstore/blocks
+    kvstore stat --store unix:///run/kvstore/kvstore.sock --json
+    """,
+)
+@place_options()
+@json_option
+def stat(place: Place, settings: Settings, as_json: bool) -> None:
+    from kvstore.cli.console import print_json
+
+    report = directory_report(place) if place.url is None else daemon_report(place)
+    if as_json:
+        print_json(report)
+    elif place.url is None:
+        _show_directory(report)
+    else:
+        _show_daemon(report)
+
+
+def directory_report(place: Place) -> dict[str, Any]:
+    """A directory that nobody uses, summed up. Changes nothing in it."""
+    from kvstore.cli.listing import Listing, by_namespace
+    from kvstore.tiers.nvme_verify import read_directory
+
+    summary = read_directory(place.path)
+    return {
+        "store": str(place),
+        "blocks": summary.blocks,
+        "stored_bytes": summary.stored_bytes,
+        "slab_bytes": summary.slab_bytes,
+        "allocated_bytes": summary.allocated_bytes,
+        "damaged_records": summary.damaged_records,
+        "cut_off_blocks": summary.cut_off_blocks,
+        "namespaces": by_namespace(Listing.of_directory(summary)),
+    }
+
+
+def daemon_report(place: Place) -> dict[str, Any]:
+    """A daemon, as it describes itself."""
+    from kvstore.client.inventory import ClientInventory
+
+    with connected(place) as client:
+        status = dict(ClientInventory(client).status())
+        stats = client.stats().to_dict()
+    namespaces = status.pop("namespaces")
+    return {
+        "store": str(place),
+        **status,
+        **stats,
+        "namespaces": [
+            {
+                "fingerprint": each["fingerprint"],
+                "namespace": json.loads(each["record"]),
+                "tiers": {
+                    tier: {"blocks": blocks, "stored_bytes": each["nbytes"][tier]}
+                    for tier, blocks in each["blocks"].items()
+                },
+            }
+            for each in namespaces
+        ],
+    }
+
+
+def _show_directory(report: Mapping[str, Any]) -> None:
+    from kvstore.cli.console import show
+
+    show(
+        f"{report['store']}\n"
+        f"{report['blocks']} blocks, {format_size(report['stored_bytes'])} "
+        f"of {format_size(report['slab_bytes'])}; "
+        f"{format_size(report['allocated_bytes'])} on disk\n"
+    )
+    if report["damaged_records"]:
+        show(f"{report['damaged_records']} damaged records; `kvstore verify` says more\n")
+    if report["cut_off_blocks"]:
+        show(
+            f"the slab is shorter than its records say, by {report['cut_off_blocks']} blocks; "
+            "`kvstore verify` says more\n"
+        )
+    _show_namespaces(report["namespaces"])
+
+
+def _show_daemon(report: Mapping[str, Any]) -> None:
+    from kvstore.cli.console import show
+
+    show(
+        f"{report['store']}: kvstore {report['version']}, process {report['pid']}, "
+        f"for {format_time(report['uptime_s'])}\n"
+    )
+    for name, tier in (("RAM ", report["ram"]), ("NVMe", report["nvme"])):
+        if tier:
+            show(f"{name}  {_tier(tier)}\n")
+    asked, served = counts(report)
+    show(f"{asked} blocks asked for{': ' if asked else ''}{served}\n")
+    sessions = report["sessions"]
+    show(f"{len(sessions)} clients, this one among them\n")
+    for each in sessions:
+        show(
+            f"  {each['peer']}, {each['tenant']}: {each['leases']} leases, "
+            f"{each['reservations']} reservations, {format_size(each['in_flight_bytes'])}\n"
+        )
+    _show_namespaces(report["namespaces"])
+
+
+def _show_namespaces(namespaces: list[dict[str, Any]]) -> None:
+    from kvstore.cli.console import show
+
+    for each in namespaces:
+        known = each["namespace"]
+        model = f"{known['model']}, {known['kv_dtype']}" if known else "unknown model"
+        held = "; ".join(f"{tier} {_blocks(there, known)}" for tier, there in each["tiers"].items())
+        show(f"{each['fingerprint']}  {held}: {model}\n")
+
+
+def _blocks(there: Mapping[str, int], known: Mapping[str, Any] | None) -> str:
+    tokens = f"{known['block_tokens'] * there['blocks']} tokens, " if known else ""
+    return f"{there['blocks']} blocks, {tokens}{format_size(there['stored_bytes'])}"
+
+
+def _tier(tier: Mapping[str, Any]) -> str:
+    share = tier["used_bytes"] / tier["capacity_bytes"]
+    text = (
+        f"{tier['blocks']} blocks, {format_size(tier['used_bytes'])} of "
+        f"{format_size(tier['capacity_bytes'])} ({share:.0%})"
+    )
+    more = {
+        "pinned": tier.get("pinned_blocks"),
+        "evicted": tier.get("evicted_blocks"),
+        "written today": tier.get("written_today_bytes"),
+    }
+    for name, count in more.items():
+        if count:
+            text += f", {format_size(count) if 'today' in name else count} {name}"
+    if tier.get("read_only"):
+        text += ", READ-ONLY: writing has failed"
+    if tier.get("breaker_open"):
+        text += ", LEFT ALONE: it does not answer"
+    return text
+
+
+def counts(report: Mapping[str, Any]) -> tuple[int, str]:
+    """Blocks asked for, and in words what became of them."""
+    hits, misses = report["hits"], report["misses"]
+    missed = sum(misses.values())
+    parts = [f"{count} from {tier.upper()}" for tier, count in sorted(hits.items()) if count]
+    if missed:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in misses.items() if count)
+        parts.append(f"{missed} missed ({reasons})")
+    return sum(hits.values()) + missed, ", ".join(parts)
