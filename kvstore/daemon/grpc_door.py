@@ -72,6 +72,8 @@ class GrpcDoor:
             else:
                 port = server.add_secure_port(address, credentials)
         except RuntimeError:
+            await server.start()  # one that has never run cannot be stopped, and would stay
+            await server.stop(None)
             raise SettingsError(
                 f"{ORIGIN} = {endpoint}: cannot listen there; is another process doing so?"
             ) from None
