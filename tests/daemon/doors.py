@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -45,9 +45,9 @@ class Daemon:
         self._thread.start()
         self.service = self._ready.result(PATIENCE_S)
 
-    def connect(self) -> StoreClient:
+    def connect(self, timeout_s: float = PATIENCE_S) -> StoreClient:
         """A client; it is the caller's to close."""
-        return connect(self.url)
+        return connect(self.url, timeout_s=timeout_s)
 
     def call(self, work: Callable[[], T]) -> T:
         """What `work` returns in the daemon's loop."""
@@ -69,6 +69,22 @@ class Daemon:
                 await asyncio.sleep(0.001)
 
         asyncio.run_coroutine_threadsafe(asyncio.wait_for(wait(), PATIENCE_S), self._loop).result()
+
+    @contextmanager
+    def wedged(self) -> Iterator[None]:
+        """Nothing is answered until the block is left; the kernel still takes what is sent."""
+        stuck, free = threading.Event(), threading.Event()
+
+        def stop() -> None:
+            stuck.set()
+            free.wait(PATIENCE_S)
+
+        self._loop.call_soon_threadsafe(stop)
+        assert stuck.wait(PATIENCE_S)
+        try:
+            yield
+        finally:
+            free.set()
 
     def close(self) -> None:
         """End all connections. May be called twice."""
@@ -143,8 +159,8 @@ class DaemonProcess:
         """What it has said on stderr, and those before it in this folder."""
         return self._log.read_text()
 
-    def connect(self) -> StoreClient:
-        return connect(self.url)
+    def connect(self, timeout_s: float = PATIENCE_S) -> StoreClient:
+        return connect(self.url, timeout_s=timeout_s)
 
     def kill(self) -> None:
         """`kill -9`; returns when it is dead."""
