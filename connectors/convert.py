@@ -79,7 +79,7 @@ class Pages:
         """
         held = self.layout.held
         last = first + len(views) * block_tokens
-        pages = self._checked(table, first, last)
+        pages = self._used(table, first, last)
         for i, view in enumerate(views):
             start = first + i * block_tokens
             block = self._block(view, held, block_tokens)
@@ -113,7 +113,7 @@ class Pages:
         end = min(wanted.stop, first + len(views) * block_tokens)
         if low >= high or begin >= end:
             return
-        pages = self._checked(table, begin, end)
+        pages = self._used(table, begin, end)
         for i, view in enumerate(views):
             start = first + i * block_tokens
             block = self._block(view, shard, block_tokens)[from_]
@@ -135,18 +135,25 @@ class Pages:
             raise LayoutError(f"a buffer of {view.nbytes} bytes is no block of {shape}")
         return np.frombuffer(view, dtype).reshape(shape)
 
-    def _checked(self, table: Sequence[int], first: int, last: int) -> list[int]:
-        """The table as plain numbers; a negative one would silently mean another page."""
-        tokens, blocks = self.layout.block_tokens, self.layout.blocks
-        pages = [int(page) for page in table]
-        used = pages[first // tokens : -(-last // tokens)]
-        if first < 0 or last > len(pages) * tokens:
-            raise LayoutError(f"{len(pages)} pages do not hold tokens {first} to {last}")
-        if used and not (min(used) >= 0 and max(used) < blocks):
-            raise LayoutError(f"the block table names pages outside the {blocks} that there are")
-        return pages
+    def check_table(self, table: Sequence[int], first: int, last: int) -> None:
+        """Raises LayoutError unless tokens `[first, last)` lie in pages that there are."""
+        self._used(table, first, last)
 
-    def _pieces(self, pages: list[int], start: int, wanted: range) -> Iterator[Piece]:
+    def _used(self, table: Sequence[int], first: int, last: int) -> dict[int, int]:
+        """Place in the table -> page, for tokens `[first, last)`.
+
+        A page beyond the end would raise later; a negative one would silently be another.
+        """
+        tokens, blocks = self.layout.block_tokens, self.layout.blocks
+        places = range(first // tokens, -(-last // tokens))
+        if first < 0 or last > len(table) * tokens:
+            raise LayoutError(f"{len(table)} pages do not hold tokens {first} to {last}")
+        used = {place: int(table[place]) for place in places}
+        if used and not (min(used.values()) >= 0 and max(used.values()) < blocks):
+            raise LayoutError(f"the block table names pages outside the {blocks} that there are")
+        return used
+
+    def _pieces(self, pages: dict[int, int], start: int, wanted: range) -> Iterator[Piece]:
         """`wanted`, tokens of a sequence within the block that begins at `start`, by pages."""
         token = wanted.start
         while token < wanted.stop:
