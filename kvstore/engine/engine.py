@@ -8,20 +8,18 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-import torch
-
 from kvstore.engine.checkpoint import Progress
 from kvstore.engine.loading import LoadedModel, load
 from kvstore.engine.loop import Loop
+from kvstore.engine.naming import namespace_of, torch_dtype
 from kvstore.engine.output import Delta, EngineStats, Output, assemble
 from kvstore.engine.prompts import Prompt, prompt_tokens, sequence_limit
 from kvstore.engine.request import Request
 from kvstore.engine.sampling import SamplingParams
 from kvstore.engine.sequence import TokenSequence
 from kvstore.errors import ClosedError, RequestError, SettingsError
-from kvstore.identity import Namespace, salt_digest
 from kvstore.quantities import parse_size
-from kvstore.tiers.hbm import TORCH_DTYPE, HbmTier
+from kvstore.tiers.hbm import HbmTier
 from kvstore.verbs import Store
 
 
@@ -55,7 +53,9 @@ class Engine:
             if value < 1:
                 raise SettingsError(f"{name} is {value}, it must be at least 1")
         self.model = model
-        self.namespace = namespace_of(model, block_tokens=block_tokens, salt=salt)
+        self.namespace = namespace_of(
+            model, model.decoder.dtype, block_tokens=block_tokens, salt=salt
+        )
         hbm = HbmTier(self.namespace.layout, _capacity(hbm_bytes), model.decoder.device)
         self._loop = Loop(
             model.decoder,
@@ -94,7 +94,7 @@ class Engine:
         Raises ModelError when the model cannot be used.
         """
         return cls(
-            load(path, _torch_dtype(dtype), device, progress),
+            load(path, torch_dtype(dtype), device, progress),
             store=store,
             hbm_bytes=hbm_bytes,
             block_tokens=block_tokens,
@@ -267,33 +267,8 @@ class Engine:
             raise ClosedError("the engine is closed")
 
 
-def namespace_of(model: LoadedModel, *, block_tokens: int, salt: str = "") -> Namespace:
-    """What the blocks of this model are stored under."""
-    config = model.config
-    return Namespace(
-        model=config.name,
-        weights=model.weights_fingerprint,
-        tokenizer=model.tokenizer_fingerprint,
-        kv_dtype=str(model.decoder.dtype).removeprefix("torch."),
-        layers=config.layers,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        block_tokens=block_tokens,
-        rope=config.rope.canonical(),
-        salt=salt_digest(salt),
-    )
-
-
 def _capacity(hbm_bytes: int | str) -> int:
     try:
         return parse_size(hbm_bytes)
     except ValueError as error:
         raise SettingsError(f"hbm_bytes = {hbm_bytes!r}: {error}") from None
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16
-    if name not in TORCH_DTYPE:
-        raise SettingsError(f"dtype {name!r} is not one of auto, {', '.join(TORCH_DTYPE)}")
-    return TORCH_DTYPE[name]

@@ -17,14 +17,34 @@ from kvstore.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A decoder with its weights in memory, and what is needed to talk to it and to name its KV."""
+class ModelCard:
+    """What is needed to talk to a model and to name its KV, but not to compute any."""
 
-    decoder: Decoder
     config: ModelConfig
     tokenizer: Tokenizer
     weights_fingerprint: str
     tokenizer_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel(ModelCard):
+    """And a decoder, with its weights in memory."""
+
+    decoder: Decoder
+
+
+def describe(path: str | Path) -> ModelCard:
+    """Headers, tokenizer, and samples of the weights. Blocks for a second.
+
+    Raises ModelError as `load`.
+    """
+    checkpoint = open_checkpoint(Path(path))
+    return ModelCard(
+        config=checkpoint.config,
+        tokenizer=checkpoint.tokenizer(),
+        weights_fingerprint=checkpoint.weights_fingerprint(),
+        tokenizer_fingerprint=checkpoint.tokenizer_fingerprint(),
+    )
 
 
 def load(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kvstore.engine.loading import LoadedModel
+from kvstore.engine.loading import ModelCard
 from kvstore.engine.sampling import SamplingParams
 from kvstore.errors import RequestError
 
@@ -12,7 +12,7 @@ from kvstore.errors import RequestError
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
-def prompt_tokens(model: LoadedModel, prompt: Prompt) -> list[int]:
+def prompt_tokens(model: ModelCard, prompt: Prompt) -> list[int]:
     """Token ids, all within the vocabulary. Raises RequestError for what is no prompt."""
     if isinstance(prompt, str):
         tokens = model.tokenizer.encode(_unicode(prompt))
