@@ -213,6 +213,30 @@ class DaemonSettings(_Group):
         max_length=256,
         description="Host and port for metrics, health and the live page, such as 127.0.0.1:7421.",
     )
+    listen: str | None = Field(
+        default=None,
+        max_length=256,
+        description="Host and port for engines of other machines, such as 0.0.0.0:7420; only this "
+        "machine where there are no tokens.",
+    )
+    tokens: Folder | None = Field(
+        default=None,
+        description="File of tokens, each with a tenant, its rights and limits; without one nobody "
+        "is asked for a token.",
+    )
+    tls_certificate: Folder | None = Field(
+        default=None,
+        description="The daemon's certificate in PEM, with those that it was signed by; encrypts "
+        "the doors to other machines.",
+    )
+    tls_key: Folder | None = Field(
+        default=None, description="Its private key in PEM, where that is in a file of its own."
+    )
+    tls_client_ca: Folder | None = Field(
+        default=None,
+        description="Certificates in PEM; clients must show one of their own that one of these "
+        "has signed.",
+    )
     client_bytes: Size = Field(
         default=4 * GiB,
         ge=MiB,

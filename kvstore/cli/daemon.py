@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     "nvme.path",
     "nvme.capacity_bytes",
     "daemon.socket",
+    "daemon.listen",
+    "daemon.tokens",
     "daemon.http",
     "daemon.log_format",
 )

@@ -31,6 +31,31 @@ def parse_endpoint(text: str, origin: str) -> Endpoint:
     return Endpoint(host, int(port))
 
 
+def listen(endpoint: Endpoint, origin: str) -> list[socket.socket]:
+    """Sockets that listen on every address of the host, and do not block.
+
+    Raises SettingsError where that cannot be.
+    """
+    listening: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(
+            endpoint.host or None,
+            endpoint.port,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
+        )
+        for family, address in dict.fromkeys((family, address) for family, *_, address in found):
+            sock = socket.create_server(address[:2], family=family, backlog=128)
+            sock.setblocking(False)
+            listening.append(sock)
+    except (OSError, UnicodeError) as error:
+        for sock in listening:
+            sock.close()
+        why = getattr(error, "strerror", None) or error
+        raise SettingsError(f"{origin} = {endpoint}: cannot be listened on: {why}") from None
+    return listening
+
+
 def is_loopback(host: str) -> bool:
     """Whether only processes of this machine reach that host, whatever it resolves to."""
     if not host:

@@ -11,8 +11,10 @@ import socket
 from typing import TYPE_CHECKING
 
 from kvstore import compose
-from kvstore.daemon.listening import Endpoint, parse_endpoint
+from kvstore.daemon.data_door import DataDoor
+from kvstore.daemon.listening import Endpoint, listen, parse_endpoint
 from kvstore.daemon.local_door import LocalDoor
+from kvstore.daemon.network import Network
 from kvstore.daemon.service import Limits, Service
 from kvstore.daemon.socket_path import SocketPath, socket_of
 from kvstore.errors import SettingsError
@@ -32,11 +34,12 @@ def serve(settings: Settings) -> None:
     cannot be.
     """
     http = _http_endpoint(settings.daemon.http)
+    network = Network.of(settings)
     path = SocketPath(socket_of(settings))
     try:
         store = compose.open(settings)
         try:
-            asyncio.run(_run(settings, store, path, http))
+            asyncio.run(_run(settings, store, path, http, network))
         finally:
             store.close(settings.daemon.shutdown_s)
     finally:
@@ -44,7 +47,11 @@ def serve(settings: Settings) -> None:
 
 
 async def _run(
-    settings: Settings, store: BlockStore, path: SocketPath, http: Endpoint | None
+    settings: Settings,
+    store: BlockStore,
+    path: SocketPath,
+    http: Endpoint | None,
+    network: Network,
 ) -> None:
     """Open the doors, wait for a signal, close them; the one that tells of it last."""
     stopping = asyncio.Event()
@@ -62,6 +69,12 @@ async def _run(
         doors.callback(service.close)
         local = LocalDoor(service, path)
         doors.push_async_callback(local.close)
+        tenants = network.tenants()
+        if network.data is not None:
+            sockets = listen(network.data, "daemon.listen")
+            data = DataDoor(service, sockets, tenants, network.tls)
+            doors.push_async_callback(data.close)
+            log.info("ready: %s", ", ".join(f"kvstore://{each}" for each in data.endpoints))
         if asked.zmq is not None:
             doors.push_async_callback(_zmq_door(service, asked.zmq, asked.zmq_replay).close)
         log.info("ready: unix://%s", path.path)

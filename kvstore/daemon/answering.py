@@ -1,0 +1,73 @@
+"""Requests of one client, answered at once or when they are done."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from kvstore import wire
+from kvstore.daemon.conversation import Conversation, failed
+from kvstore.errors import KVStoreError, WireError
+
+log = logging.getLogger(__name__)
+
+
+class Answering:
+    """Belongs to the event loop's thread. A request that is refused does not end anything."""
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        send: Callable[[wire.Reply], None],
+        done: Callable[[], None],
+    ) -> None:
+        """`done` is called once for each request, when nothing more is to be done for it."""
+        self._conversation = conversation
+        self._send = send
+        self._done = done
+        self._unanswered: set[asyncio.Task[None]] = set()
+
+    def answer(self, request: wire.Request) -> None:
+        """Raises WireError for what ends the conversation."""
+        seq: int = getattr(request, "seq", 0)
+        answer: wire.Reply | Awaitable[wire.Reply | None] | None
+        try:
+            answer = self._conversation.answer(request)
+        except WireError:
+            self._done()
+            raise
+        except Exception as error:
+            answer = _refused(seq, error)
+        if isinstance(answer, Awaitable):
+            task = asyncio.get_running_loop().create_task(self._finish(seq, answer))
+            self._unanswered.add(task)
+            task.add_done_callback(self._finished)
+            return
+        if answer is not None:
+            self._send(answer)
+        self._done()
+
+    def close(self) -> None:
+        """Nobody waits for answers any more."""
+        for task in self._unanswered:
+            task.cancel()
+
+    async def _finish(self, seq: int, answer: Awaitable[wire.Reply | None]) -> None:
+        try:
+            reply = await answer
+        except Exception as error:
+            reply = _refused(seq, error)
+        if reply is not None:
+            self._send(reply)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._unanswered.discard(task)
+        self._done()
+
+
+def _refused(seq: int, error: Exception) -> wire.Failed:
+    """A fault of ours costs one answer, and not the client's session."""
+    if not isinstance(error, KVStoreError):
+        log.error("a request failed", exc_info=error)
+    return failed(seq, error)
