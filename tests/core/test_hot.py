@@ -38,8 +38,8 @@ def test_no_heavy_hitter_is_lost(seed: int) -> None:
     found = {each.prefix: each.share * total for each in hot.top(1_000)}
     assert len(found) == capacity
     assert {each for each, blocks in truth.items() if blocks > total / capacity} <= set(found)
-    for each, blocks in found.items():
-        assert truth[each] - 1e-6 <= blocks <= truth[each] + total / capacity + 1e-6
+    for each, count in found.items():
+        assert truth[each] - 1e-6 <= count <= truth[each] + total / capacity + 1e-6
 
 
 def test_what_was_hot_once_makes_way() -> None:
