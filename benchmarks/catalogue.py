@@ -16,6 +16,7 @@ from benchmarks import (
     peer_servers,
     probe,
     ram,
+    remote,
     restart,
     ttft,
 )
@@ -28,6 +29,7 @@ CATALOGUE: tuple[Benchmark, ...] = (
     *nvme.BENCHMARKS,
     *restart.BENCHMARKS,
     *daemon.BENCHMARKS,
+    *remote.BENCHMARKS,
     *peer_servers.BENCHMARKS,
     *peer_lmcache.BENCHMARKS,
     *ttft.BENCHMARKS,

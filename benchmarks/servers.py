@@ -62,19 +62,21 @@ def server(
 
 
 @contextmanager
-def daemon(directory: Path, ram_bytes: int, *options: object) -> Iterator[Path]:
-    """A `kvstore daemon` with only RAM; gives its socket. Nobody's settings but these reach it."""
+def daemon(directory: Path, ram_bytes: int, port: int | None = None) -> Iterator[Path]:
+    """A `kvstore daemon` with only RAM; gives its socket. Nobody's settings but these reach it.
+
+    With `port`, it listens there for TCP, too.
+    """
     path = directory / "kvstore.sock"
-    command = [sys.executable, "-m", "kvstore", "daemon", "--socket", path]
-    settings = {name for name in os.environ if name.startswith("KVSTORE_")}
-    inherited = {name: value for name, value in os.environ.items() if name not in settings}
-    env = {**inherited, "PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(directory)}
-    with server(
-        [*command, "--ram-bytes", ram_bytes, *options],
-        str(path),
-        directory / "daemon.log",
-        env,
-    ):
+    command: list[object] = [sys.executable, "-m", "kvstore", "daemon", "--socket", path]
+    command += ["--ram-bytes", ram_bytes]
+    address: Address = str(path)
+    if port is not None:
+        address = (LOCAL_HOST, port)
+        command += ["--listen", f"{LOCAL_HOST}:{port}"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("KVSTORE_")}
+    env |= {"PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(directory)}
+    with server(command, address, directory / "daemon.log", env):
         yield path
 
 

@@ -58,6 +58,7 @@ def test_selection_is_by_name_by_group_or_all() -> None:
         "ram/2MiB",
         "nvme/2MiB",
         "daemon/2MiB",
+        "daemon/tcp/2MiB",
         "daemon/redis/2MiB",
         "daemon/mooncake/2MiB",
         "daemon/lmcache/2MiB",
