@@ -51,7 +51,7 @@ proto: $(STAMP) ## make kvstore/proto/*_pb2* anew from the .proto files
 bench: $(STAMP) ## measure, beside the ceilings; writes benchmarks/results/latest.json
 	$(ONE_THREAD) $(BIN)/python -m benchmarks
 
-bench-peers: ## install LMCache, vLLM and NIXL, to be measured beside; 5 GB in .venv-peers
+bench-peers: ## install LMCache, vLLM, NIXL, Redis's client and Mooncake, to be measured beside; 5 GB
 	PYTHON=$(PYTHON) benchmarks/install_peers.sh .venv-peers
 
 soak: $(STAMP) ## the long, random tests
