@@ -32,10 +32,11 @@ class DataDaemon(Daemon):
         tenants: Tenants | None = None,
         limits: Limits | None = None,
         tls: ssl.SSLContext | None = None,
+        endpoint: Endpoint = Endpoint("127.0.0.1", 0),  # noqa: B008  a tuple
     ) -> None:
         self._tenants = tenants or Tenants()
         self._tls = tls
-        self.endpoint = Endpoint("127.0.0.1", 0)
+        self.endpoint = endpoint
         super().__init__(store, Path("unused"), limits)
         self.url = f"kvstore://{self.endpoint}"
 
