@@ -193,7 +193,9 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         response = await handler(request)
     except web.HTTPException as refused:
-        response = refused
+        response = web.Response(status=refused.status, text=f"{refused.reason}\n")
+        if "Allow" in refused.headers:
+            response.headers["Allow"] = refused.headers["Allow"]
     except ClosedError:
         response = web.Response(status=503, text="stopping\n")
     response.headers["Cache-Control"] = "no-store"
