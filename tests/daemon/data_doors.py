@@ -108,14 +108,7 @@ class RawClient:
 
     def ended(self) -> bool:
         """Whether the daemon has ended the connection; takes in all that comes before."""
-        try:
-            while self.socket.recv(1 << 16):
-                pass
-        except ConnectionError:
-            pass
-        except TimeoutError:
-            return False
-        return True
+        return ended(self.socket)
 
     def close(self) -> None:
         self.socket.close()
@@ -130,3 +123,15 @@ class RawClient:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def ended(sock: socket.socket) -> bool:
+    """Whether the other side has ended the connection; takes in all that comes before."""
+    try:
+        while sock.recv(1 << 16):
+            pass
+    except ConnectionError:
+        pass
+    except TimeoutError:
+        return False
+    return True
