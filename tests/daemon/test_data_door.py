@@ -276,9 +276,13 @@ def test_a_lease_goes_on_while_another_client_breaks(
 
 
 @pytest.mark.parametrize("limits", [Limits(in_flight_bytes=3 * BLOCK)])
-def test_a_client_that_wants_too_much_gets_less(rig: Rig, remote: StoreClient) -> None:
+def test_a_client_that_wants_too_much_gets_less(
+    rig: Rig, data_daemon: DataDaemon, remote: StoreClient
+) -> None:
     put(rig.store, chain(5))
     assert get(remote, chain(5)) == 3
+    (session,) = data_daemon.service.sessions
+    data_daemon.until(lambda: session.in_flight_bytes == 0)
     with remote.reserve(chain(5, 1)) as first, remote.reserve(chain(5, 2)) as second:
         assert (len(first), len(second)) == (3, 0)
 
