@@ -219,6 +219,12 @@ class DaemonSettings(_Group):
         description="Host and port for engines of other machines, such as 0.0.0.0:7420; only this "
         "machine where there are no tokens.",
     )
+    grpc: str | None = Field(
+        default=None,
+        max_length=256,
+        description="Host and port for programs in other languages, such as 127.0.0.1:7423; only "
+        "this machine where there are no tokens.",
+    )
     tokens: Folder | None = Field(
         default=None,
         description="File of tokens, each with a tenant, its rights and limits; without one nobody "

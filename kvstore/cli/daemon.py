@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     "nvme.capacity_bytes",
     "daemon.socket",
     "daemon.listen",
+    "daemon.grpc",
     "daemon.tokens",
     "daemon.http",
     "daemon.log_format",

@@ -22,6 +22,7 @@ FLAGS = {
     "engine.threads": ("--threads", "N", "CPU threads of the engine."),
     "daemon.socket": ("--socket", "PATH", "Unix socket for engines of this machine."),
     "daemon.listen": ("--listen", "HOST:PORT", "Engines of other machines."),
+    "daemon.grpc": ("--grpc", "HOST:PORT", "Programs in other languages."),
     "daemon.tokens": ("--tokens", "FILE", "Whom to let in there; see `kvstore token new`."),
     "daemon.http": ("--http", "HOST:PORT", "Metrics, health and a live page."),
     "daemon.log_format": ("--log-format", "FORMAT", "text, or json: one object a line."),

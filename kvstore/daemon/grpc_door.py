@@ -18,6 +18,7 @@ from kvstore.daemon.service import Service
 from kvstore.daemon.tokens import Tenants, check_bind
 from kvstore.errors import SettingsError
 from kvstore.proto import admin_pb2, admin_pb2_grpc, store_pb2, store_pb2_grpc
+from kvstore.settings import DaemonSettings
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,21 @@ _OPTIONS = (
     # Or a second daemon would share the port in silence.
     ("grpc.so_reuseport", 0),
 )
+
+
+def credentials_of(asked: DaemonSettings) -> grpc.ServerCredentials | None:
+    """TLS as the settings say; None where no certificate is named. They were checked before."""
+    if asked.tls_certificate is None:
+        return None
+    certificate = asked.tls_certificate.read_bytes()
+    key = certificate if asked.tls_key is None else asked.tls_key.read_bytes()
+    if asked.tls_client_ca is None:
+        return grpc.ssl_server_credentials([(key, certificate)])
+    return grpc.ssl_server_credentials(
+        [(key, certificate)],
+        root_certificates=asked.tls_client_ca.read_bytes(),
+        require_client_auth=True,
+    )
 
 
 class GrpcDoor:

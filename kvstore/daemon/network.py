@@ -22,25 +22,32 @@ class Network:
     records: list[TokenRecord]
     tls: ssl.SSLContext | None
     data: Endpoint | None  # of the data door
+    grpc: Endpoint | None
 
     @classmethod
     def of(cls, settings: Settings) -> Network:
         """Reads the tokens and the certificates. Raises SettingsError."""
         asked = settings.daemon
-        data = None if asked.listen is None else parse_endpoint(asked.listen, "daemon.listen")
         records = read_tokens(asked.tokens)
         tls = server_tls(asked)
-        if data is not None:
-            check_bind(data.host, Tenants(records), "daemon.listen")
-            if tls is None and not is_loopback(data.host):
-                log.warning(
-                    "without daemon.tls_certificate, tokens and blocks cross the network open"
-                )
-        return cls(settings, records, tls, data)
+        data = _endpoint(asked.listen, "daemon.listen", records)
+        grpc = _endpoint(asked.grpc, "daemon.grpc", records)
+        if tls is None and any(door and not is_loopback(door.host) for door in (data, grpc)):
+            log.warning("without daemon.tls_certificate, tokens and blocks cross the network open")
+        return cls(settings, records, tls, data, grpc)
 
     def tenants(self) -> Tenants:
         """When the store is open: what tells tenants apart is kept beside their blocks."""
         return Tenants(self.records, secret_of(self.settings.nvme.path) if self.records else b"")
+
+
+def _endpoint(text: str | None, origin: str, records: list[TokenRecord]) -> Endpoint | None:
+    """Where a door is to listen, if anywhere. Raises SettingsError, also where it may not."""
+    if text is None:
+        return None
+    endpoint = parse_endpoint(text, origin)
+    check_bind(endpoint.host, Tenants(records), origin)
+    return endpoint
 
 
 def server_tls(asked: DaemonSettings) -> ssl.SSLContext | None:

@@ -35,6 +35,8 @@ def serve(settings: Settings) -> None:
     """
     http = _http_endpoint(settings.daemon.http)
     network = Network.of(settings)
+    if network.grpc is not None:
+        _import_grpc_door()
     path = SocketPath(socket_of(settings))
     try:
         store = compose.open(settings)
@@ -75,6 +77,12 @@ async def _run(
             data = DataDoor(service, sockets, tenants, network.tls)
             doors.push_async_callback(data.close)
             log.info("ready: %s", ", ".join(f"kvstore://{each}" for each in data.endpoints))
+        if network.grpc is not None:
+            from kvstore.daemon.grpc_door import GrpcDoor, credentials_of
+
+            remote = await GrpcDoor.open(service, tenants, network.grpc, credentials_of(asked))
+            doors.push_async_callback(remote.close)
+            log.info("ready: gRPC on %s", network.grpc._replace(port=remote.port))
         if asked.zmq is not None:
             doors.push_async_callback(_zmq_door(service, asked.zmq, asked.zmq_replay).close)
         log.info("ready: unix://%s", path.path)
@@ -98,6 +106,20 @@ def _http_endpoint(text: str | None) -> Endpoint | None:
         ) from None
     check_loopback(endpoint)
     return endpoint
+
+
+def _import_grpc_door() -> None:
+    """Raises SettingsError where that cannot be, before a store is opened."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core would write into our log
+    try:
+        import kvstore.daemon.grpc_door  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # what protoc made refuses an old grpcio
+        if isinstance(error, ImportError) and (error.name or "").startswith("kvstore"):
+            raise
+        raise SettingsError(
+            "daemon.grpc needs grpcio, which is not installed, or too old: "
+            "pip install 'kvstore[daemon]'"
+        ) from None
 
 
 def _zmq_door(service: Service, publish: str, replay: str | None) -> ZmqDoor:
