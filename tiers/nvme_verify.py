@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from kvstore.allocator import ALIGN_BYTES, align_up
 from kvstore.errors import DirectoryError
-from kvstore.frame import RECORD_DTYPE, checksum, names
+from kvstore.frame import RECORD_DTYPE, Records, checksum, names
 from kvstore.hashing import Key
 from kvstore.identity import Namespace
-from kvstore.tiers.nvme_directory import Directory
+from kvstore.tiers.nvme_directory import Directory, Sizes, capacity_of
 from kvstore.tiers.nvme_records import DamageError, RecordFile
+from kvstore.tiers.nvme_table import BlockTable
 
 STEP_BYTES = 64 << 20  # checked between two reports of progress
 
@@ -101,6 +102,18 @@ def read_directory(path: Path) -> DirectorySummary:
             damaged_records=len(contents.records) - len(sound),
             namespaces=_summaries(sound, contents.namespaces),
         )
+
+
+def damaged_records(path: Path) -> int:
+    """How many records the tier will drop when it is opened: they name no block that can be there.
+
+    Blocks while records are read. Raises DirectoryError, as `NvmeTier` does.
+    """
+    sizes = Sizes.of(capacity_of(path))
+    with Directory(path, create=False) as directory:
+        contents = _read(directory)
+    table = BlockTable(sizes.slab_bytes, sizes.max_blocks)
+    return len(table.load(contents.offsets, Records(contents.records, contents.intact)))
 
 
 def verify(path: Path) -> Iterator[Progress]:

@@ -182,6 +182,15 @@ def named(prefix: str, fingerprints: Collection[bytes]) -> bytes:
     return found[0]
 
 
+def keyed(listing: Listing, keys: Collection[Key]) -> Listing:
+    """The blocks of these keys alone."""
+    tables = {
+        tier: rows[np.array([key in keys for key in names(rows["key"])], dtype=bool)]
+        for tier, rows in listing.tables.items()
+    }
+    return Listing(listing.namespaces, tables)
+
+
 def owned(rows: NDArray[np.void], fingerprints: Collection[bytes]) -> NDArray[np.bool_]:
     """Which rows are of one of these namespaces."""
     mask = np.zeros(len(rows), dtype=bool)

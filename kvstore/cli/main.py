@@ -16,11 +16,15 @@ from kvstore import __version__
 from kvstore.cli.chat import chat
 from kvstore.cli.daemon import daemon
 from kvstore.cli.demo import demo
+from kvstore.cli.explain import explain
+from kvstore.cli.gc import gc
 from kvstore.cli.generate import generate
+from kvstore.cli.keep import evict, retain
 from kvstore.cli.ls import ls
 from kvstore.cli.settings import settings
 from kvstore.cli.stat import stat
 from kvstore.cli.stdout import Stdout
+from kvstore.cli.transfer import export, import_
 from kvstore.cli.verify import verify
 from kvstore.errors import InputError, KVStoreError
 
@@ -28,7 +32,20 @@ BAD_INPUT, FAILED, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 
 
+class Sections(click.Group):
+    """Its help lists the commands in groups, in the order in which one meets them."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = formatter.width - 6 - max(map(len, self.commands))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(each.name or "", each.get_short_help_str(width)) for each in commands]
+                )
+
+
 @click.group(
+    cls=Sections,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit status: 0 done, 1 failed or found something wrong, 2 bad input, 130 interrupted, "
     "143 or 129 ended by SIGTERM or SIGHUP.",
@@ -45,8 +62,15 @@ def cli() -> None:
     """
 
 
-for command in (generate, chat, demo, daemon, ls, stat, verify, settings):
-    cli.add_command(command)
+SECTIONS = {
+    "Answers": (generate, chat, demo),
+    "Service": (daemon, settings),
+    "What a store holds": (stat, ls, explain, verify),
+    "What it is to hold": (retain, evict, gc, export, import_),
+}
+for commands in SECTIONS.values():
+    for command in commands:
+        cli.add_command(command)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

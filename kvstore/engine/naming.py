@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from kvstore.engine.loading import ModelCard, describe
 from kvstore.engine.prompts import Prompt, prompt_tokens
 from kvstore.errors import SettingsError
-from kvstore.hashing import TokenChain
+from kvstore.hashing import Chain, TokenChain
 from kvstore.identity import Namespace, salt_digest
 from kvstore.tiers.hbm import TORCH_DTYPE
 
@@ -33,17 +34,26 @@ def namespace_of(
     )
 
 
-def prompt_chain(
+class NamedPrompt(NamedTuple):
+    """A prompt's tokens, and the keys under which an engine stores their full blocks."""
+
+    model: ModelCard
+    tokens: list[int]
+    chain: Chain
+
+
+def name_prompt(
     path: Path, prompt: Prompt, *, dtype: str, block_tokens: int, salt: str = ""
-) -> TokenChain:
-    """The keys under which an engine of these settings stores a prompt. Loads no weights.
+) -> NamedPrompt:
+    """As an engine of these settings would store it. Loads no weights; blocks for a second.
 
     Raises ModelError, and RequestError for what is no prompt.
     """
-    model = describe(path)
     kv_dtype = torch_dtype(dtype)
+    model = describe(path)
     namespace = namespace_of(model, kv_dtype, block_tokens=block_tokens, salt=salt)
-    return TokenChain(namespace, prompt_tokens(model, prompt))
+    tokens = prompt_tokens(model, prompt)
+    return NamedPrompt(model, tokens, TokenChain(namespace, tokens).chain())
 
 
 def torch_dtype(name: str) -> torch.dtype:
