@@ -75,9 +75,12 @@ def _listen(path: Path) -> socket.socket:
     try:
         if path.is_socket():
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                if probe.connect_ex(os.fspath(path)) == 0:
+                probe.setblocking(False)  # who listens, but does not accept, is there as well
+                if probe.connect_ex(os.fspath(path)) != errno.ECONNREFUSED:
                     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
             path.unlink()
+        elif os.path.lexists(path):
+            raise OSError(errno.EEXIST, "something else is there, which is left alone")
         mask = os.umask(0o177)  # from the first moment, and not after a chmod
         try:
             listening.bind(os.fspath(path))
