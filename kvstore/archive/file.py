@@ -109,13 +109,18 @@ def _entries(file: BinaryIO, nbytes: int, damage: Damage | None) -> Iterator[Ent
         if record.namespace == record.key == _NO_NAME:
             yield End(start, record.raw_bytes)
             return
+        end = after + record.stored_bytes
         if record.stored_bytes > MAX_BLOCK_BYTES:
-            yield Damage(start, f"a block of {record.stored_bytes} bytes is none of ours")
-        elif after + record.stored_bytes > nbytes:
-            yield Damage(start, "the file ends within the block")
+            entry: Entry = Damage(start, f"a block of {record.stored_bytes} bytes is none of ours")
+        elif end > nbytes:
+            entry = Damage(start, "the file ends within the block")
         else:
-            yield _entry(start, record, file.read(record.stored_bytes))
-        start = after + record.stored_bytes
+            entry = _entry(start, record, file.read(record.stored_bytes))
+        yield entry
+        # Of what is damaged a piece may be missing, and the next record stand earlier.
+        if isinstance(entry, Damage) and not _is_record(file, end):
+            end = _next_record(file, start + 1, nbytes)
+        start = end
 
 
 def _entry(start: int, record: Record, stored: bytes) -> Entry:
@@ -130,6 +135,16 @@ def _entry(start: int, record: Record, stored: bytes) -> Entry:
     if namespace.fingerprint != record.namespace:
         return Damage(start, "the namespace's record is another's")
     return namespace
+
+
+def _is_record(file: BinaryIO, start: int) -> bool:
+    """Whether a sound record stands there."""
+    try:
+        file.seek(start)
+        unpack_header(file.read(HEADER_BYTES))
+    except (FrameError, OSError, OverflowError):
+        return False
+    return True
 
 
 def _next_record(file: BinaryIO, start: int, nbytes: int) -> int:

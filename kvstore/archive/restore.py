@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from kvstore.archive.file import Block, Damage, End, Entry
-from kvstore.hashing import Chain
+from kvstore.hashing import Chain, Key
 from kvstore.identity import Namespace
 from kvstore.retention import DEFAULT_PRIORITY, Retention
 from kvstore.tier import Record
@@ -28,6 +28,7 @@ class Restored:
     evicted: int = 0  # of `blocks` and `present`: had to make room for others of the same file
     damage: list[Damage] = field(default_factory=list)
     promised: int | None = None  # blocks that the file should have held; None: it was cut off
+    keys: list[Key] = field(default_factory=list)  # of all sound blocks
 
     @property
     def is_whole(self) -> bool:
@@ -71,6 +72,7 @@ def restore(store: Store, entries: Iterator[Entry], now_s: float, report: Report
     if batch:
         chains.append(_put(store, known, batch, now_s, restored))
     store.flush()
+    restored.keys = [key for chain in chains for key in chain]
     missing = sum(store.probe(chain).tiers.count(None) for chain in chains)
     restored.evicted = max(0, missing - restored.refused)
     return restored

@@ -124,6 +124,8 @@ def import_(archive: Path, place: Place, settings: Settings, as_json: bool) -> i
             restored = restore(store.store, entries, time.time(), lambda done: report(done, nbytes))
             if store.client is not None:
                 store.client.check_connected()
+            else:
+                restored.evicted = _left_in_ram(store, restored) - restored.refused
     if as_json:
         print_json({"store": str(place), "file": str(archive), **_fields(restored)})
     else:
@@ -173,6 +175,15 @@ def _answering(store: Opened) -> Iterator[None]:
         if store.client is not None:
             store.client.check_connected()
         raise
+
+
+def _left_in_ram(store: Opened, restored: Restored) -> int:
+    """Blocks that are not in the directory, and gone when it is closed."""
+    from kvstore.frame import names
+    from kvstore.inventory import listing
+
+    written = set(names(listing(store.inventory, "nvme")["key"]))
+    return sum(key not in written for key in restored.keys)
 
 
 def _tell_saved(archive: Path, saved: Saved) -> None:
