@@ -41,6 +41,7 @@ PACKAGES: dict[str, str] = {
     "safetensors": "engine",
     "tokenizers": "engine",
     "torch": "kernels hbm engine connectors",
+    "transformers": "connectors",
 }
 
 
