@@ -8,7 +8,6 @@ are mapped here, and the caller's.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -92,17 +91,15 @@ def measure_words(bench: Bench) -> Iterator[Row]:
 
 
 def _leasing(store: Store, chain: Chain) -> Turn:
-    """A lease, its views, and its release; the mean of some in a row."""
+    """A lease, its views, and its release; the median of some in a row."""
 
-    def turn() -> float:
-        start = time.perf_counter()
-        for _ in range(_IN_A_ROW):
-            with store.acquire(chain) as lease:
-                if len(lease.views) != len(chain):
-                    raise RuntimeError(f"only {len(lease.views)} of {len(chain)} blocks leased")
-        return (time.perf_counter() - start) / _IN_A_ROW
+    def lease() -> None:
+        with store.acquire(chain) as lease:
+            if len(lease.views) != len(chain):
+                raise RuntimeError(f"only {len(lease.views)} of {len(chain)} blocks leased")
 
-    return turn
+    once = timed(lease)
+    return lambda: statistics.median(once() for _ in range(_IN_A_ROW))
 
 
 def _probe(store: Store, chain: Chain) -> None:
