@@ -34,6 +34,7 @@ from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_records import RecordFile
 from kvstore.tiers.nvme_slab import Slab
 from kvstore.tiers.ram import RamTier
+from kvstore.verbs import Store
 from tests.engine.reference import sources
 from tests.engine.tiny import tiny_model
 from tests.kill.workload import (
@@ -84,7 +85,7 @@ def trace(owner: type, method: str, what: str) -> None:
     setattr(owner, method, traced)
 
 
-def engine_over(model: LoadedModel, store: BlockStore | None) -> Engine:
+def engine_over(model: LoadedModel, store: Store | None) -> Engine:
     """One block in one step: the same bits, whatever was found and whatever computed."""
     return Engine(
         model,
