@@ -59,12 +59,13 @@ class Calls:
             shared.calls -= 1
             if not shared.calls:
                 del self._shared[key]
-                self._service.end(shared.session)
+                self._service.dismiss(shared.session)
 
     def _open(self, key: tuple[str, Tenant]) -> _Shared:
         peer, tenant = key
+        session = Session(self._service, tenant, peer)
         try:
-            session = self._service.open(tenant, peer)
+            self._service.admit(session)
         except RequestError as error:
             raise TooManyError(str(error)) from None
         return self._shared.setdefault(key, _Shared(session))

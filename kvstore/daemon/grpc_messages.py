@@ -8,6 +8,7 @@ from typing import Any
 
 from kvstore import wire
 from kvstore.answers import NVME, RAM, Explanation, Stats
+from kvstore.daemon.session import MAX_BLOCK_BYTES
 from kvstore.errors import LayoutError, RequestError
 from kvstore.hashing import KEY_BYTES, Chain
 from kvstore.identity import Namespace
@@ -17,7 +18,6 @@ from kvstore.retention import DEFAULT_PRIORITY, Retention
 from kvstore.tenant import Tenant
 from kvstore.tier import Miss
 
-MAX_BLOCK_BYTES = 1 << 30
 MAX_RECORD_BYTES = 16_384  # of a namespace, as on the other doors
 LONGEST_S = 1e9
 PIECE_BYTES = 1 << 20
@@ -45,7 +45,7 @@ def namespace(message: pb.Namespace) -> Namespace:
     except LayoutError as error:
         raise RequestError(f"namespace: {error}") from None
     if asked.layout.block_bytes > MAX_BLOCK_BYTES:
-        raise RequestError(f"namespace: blocks of more than {MAX_BLOCK_BYTES} bytes")
+        raise RequestError(f"namespace: blocks of more than {MAX_BLOCK_BYTES} bytes are not kept")
     if len(asked.to_json()) > MAX_RECORD_BYTES:
         raise RequestError(f"namespace: more than {MAX_RECORD_BYTES} bytes of text")
     return asked

@@ -14,7 +14,6 @@ from kvstore.errors import RequestError
 from kvstore.lease import Lease
 from kvstore.proto import store_pb2 as pb
 from kvstore.proto import store_pb2_grpc
-from kvstore.tier import Miss
 
 
 class StoreServicer(store_pb2_grpc.StoreServicer):
@@ -70,10 +69,8 @@ class StoreServicer(store_pb2_grpc.StoreServicer):
             number, lease = session.acquire(chain, deadline_s)
             try:
                 await self._send(lease, chain.namespace.layout.block_bytes, context)
-                ended = lease.miss
-                if ended is None and len(lease) < len(chain):
-                    ended = Miss.TOO_SLOW  # the client holds too much already
-                last = pb.GetEnded(blocks=len(lease), miss=messages.miss(ended))
+                ended = messages.miss(session.leases[number].miss)
+                last = pb.GetEnded(blocks=len(lease), miss=ended)
             finally:
                 session.release(number)
             await context.write(pb.GetReply(ended=last))

@@ -52,19 +52,27 @@ class Service:
 
     def open(self, tenant: Tenant, peer: str) -> Session:
         """A new client. Raises RequestError where there are too many."""
-        if len(self.sessions) >= self.limits.connections:
-            raise RequestError(f"{self.limits.connections} clients are connected, and no more may")
         session = Session(self, tenant, peer)
-        self.sessions.add(session)
+        self.admit(session)
         log.info("%s connected", peer, extra={"tenant": tenant.name})
         return session
+
+    def admit(self, session: Session) -> None:
+        """As `open`, for one that comes and goes too often to be told of; `dismiss` it."""
+        if len(self.sessions) >= self.limits.connections:
+            raise RequestError(f"{self.limits.connections} clients are connected, and no more may")
+        self.sessions.add(session)
 
     def end(self, session: Session) -> None:
         """The client has gone: what it held is free. May be called twice."""
         if session in self.sessions:
-            self.sessions.remove(session)
-            session.close()
+            self.dismiss(session)
             log.info("%s left", session.peer, extra={"tenant": session.tenant.name})
+
+    def dismiss(self, session: Session) -> None:
+        """What it held is free. May be called twice."""
+        self.sessions.discard(session)
+        session.close()
 
     async def flush(self, timeout_s: float) -> bool:
         """As of the store, but few at a time: each waits in a thread that others want as well."""

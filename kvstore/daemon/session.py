@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
@@ -105,7 +106,12 @@ class Session:
 
     def explain(self, chain: Chain) -> Explanation:
         self.check_right("read")
-        return self._store.explain(chain)
+        explained = self._store.explain(chain)
+        if explained.nearest is None or not self.tenant.secret:
+            return explained
+        # It may be another tenant's: not even that there is one is to be learnt here.
+        absent = Miss.ABSENT.value
+        return dataclasses.replace(explained, reason=absent, nearest=None, differences={})
 
     def stats(self) -> Stats:
         self.check_right("read")

@@ -167,7 +167,7 @@ def odd_namespace(**odd: Any) -> store_pb2.Chain:
         (odd_chain(parent=b"1"), "a parent of 1 bytes"),
         (odd_namespace(kv_dtype="double"), "KV dtype 'double' is not one of"),
         (odd_namespace(hash_algorithm="md5"), "hash algorithm 'md5' is not known"),
-        (odd_namespace(layers=2**32 - 1, head_dim=2**32 - 1), "more than 1073741824 bytes"),
+        (odd_namespace(layers=2**32 - 1, head_dim=2**32 - 1), "more than 1099511627776 bytes"),
         (odd_namespace(rope="x" * 20_000), "more than 16384 bytes of text"),
         (store_pb2.Chain(keys=WHOLE.keys), "namespace"),
     ],

@@ -145,6 +145,18 @@ def test_tenants_do_not_meet(connect: Connect, rig: Rig) -> None:
     assert red.get(blocks).blocks == 4
 
 
+def test_nobody_learns_of_others_namespaces(connect: Connect) -> None:
+    red, blue, blocks = connect("one"), connect("two"), chain(2)
+
+    def explained() -> Any:
+        return blue.ask(blue.store.Explain, store_pb2.ExplainRequest(chain=message(blocks)))
+
+    before = explained()
+    red.put(blocks)
+    assert explained() == before
+    assert (before.miss, before.nearest) == (store_pb2.MISS_ABSENT, "")
+
+
 def test_priority_is_capped(connect: Connect, rig: Rig) -> None:
     assert connect("one").put(chain(2), priority=100) == 2
     index = rig.ram.slots.index
