@@ -34,6 +34,8 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # And one that says nothing at all is sent away.
+    ("grpc.server_handshake_timeout_ms", 10_000),
     # Or a second daemon would share the port in silence.
     ("grpc.so_reuseport", 0),
 )
@@ -76,10 +78,11 @@ class GrpcDoor:
         Raises SettingsError where that address cannot be listened on, or may not without tokens.
         """
         check_bind(endpoint.host, tenants, ORIGIN)
+        most = service.limits.connections
         server = grpc.aio.server(
             interceptors=(Guard(),),
-            options=_OPTIONS,
-            maximum_concurrent_rpcs=service.limits.connections,
+            options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", most)),
+            maximum_concurrent_rpcs=most,
         )
         address = str(endpoint) if endpoint.host else f"[::]:{endpoint.port}"
         try:

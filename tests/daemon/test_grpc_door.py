@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -274,6 +276,17 @@ def test_more_clients_or_calls_than_allowed_are_refused(
         with remote.start_put(chain(1)), pytest.raises(grpc.RpcError) as refused:
             remote.ask(remote.store.Stats, store_pb2.StatsRequest())
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("limits", [Limits(connections=2)])
+def test_more_connections_than_allowed_are_closed(address: str) -> None:
+    host, _, port = address.partition(":")
+    with ExitStack() as stack:
+        sockets = [
+            stack.enter_context(socket.create_connection((host, int(port)), PATIENCE_S))
+            for _ in range(3)
+        ]
+        assert [len(each.recv(9)) for each in sockets] == [9, 9, 0]  # a first frame, or the end
 
 
 def test_long_messages_are_refused(remote: GrpcClient, daemon: Daemon, rig: Rig) -> None:
