@@ -60,7 +60,7 @@ def explain(
 ) -> None:
     from kvstore.cli.console import print_json
 
-    text = prompt_text(prompt or None, file)
+    text = prompt_text(prompt if file is None else prompt or None, file)
     asked = named_prompt(text, as_chat, settings)
     with opened(place, settings) as store:
         explanation = store.store.explain(asked.chain)
