@@ -62,9 +62,11 @@ class Lookup:
         slots = self._hub.slots
         found = slots.find(chain.keys)
         held: Sequence[int] = range(len(found))
-        if None in found:
+        try:
+            rows = np.array(found, dtype=np.int64)
+        except TypeError:  # some are not there
             held = [i for i, row in enumerate(found) if row is not None]
-        rows = np.array([row for row in found if row is not None], dtype=np.int64)
+            rows = np.array([found[i] for i in held], dtype=np.int64)
         same = slots.index.namespace[rows] == slots.namespace_id(chain.namespace.fingerprint)
         same &= slots.index.nbytes[rows] == chain.namespace.layout.block_bytes
         if same.all():
@@ -88,6 +90,8 @@ class Lookup:
     def missing_locked(self, chain: Chain, found: list[int | None]) -> list[int]:
         """Positions of blocks that are neither in RAM nor on their way; of equal keys the first."""
         fills = {} if self._below is None else self._below.promotions.fills
+        if not fills and found.count(None) == len(found) == len(set(chain.keys)):
+            return list(range(len(found)))
         missing: dict[Key, int] = {}
         for i, row in enumerate(found):
             if row is None and chain.keys[i] not in fills:

@@ -360,6 +360,8 @@ def unpack_keys(data: bytes) -> tuple[Key, ...]:
 
 def pack_tiers(tiers: Sequence[str | None]) -> bytes:
     """A byte for each, its place in TIERS."""
+    if tiers and tiers.count(tiers[0]) == len(tiers):
+        return bytes([_TIER_NUMBERS[tiers[0]]]) * len(tiers)
     return bytes(map(_TIER_NUMBERS.__getitem__, tiers))
 
 

@@ -6,8 +6,6 @@ import os
 import socket
 from collections.abc import Mapping
 
-import numpy as np
-
 from kvstore import wire
 from kvstore.answers import NVME, Probe
 from kvstore.client.address import Address
@@ -62,8 +60,9 @@ class SharedLink(Link):
         return SharedLease(self, leased, block_bytes, deadline_s)
 
     def reservation(self, reserved: wire.Reserved, block_bytes: int) -> ClientReservation:
-        places = self.places(reserved.offsets, block_bytes)
-        return ClientReservation(self, reserved, [self.arena[place] for place in places])
+        starts = self.starts(reserved.offsets, block_bytes)
+        views = [self.arena[start : start + block_bytes] for start in starts]
+        return ClientReservation(self, reserved, views)
 
     def probed(self, answer: wire.Probed) -> Probe:
         cost = LinearCost.of(answer.latency_s, answer.s_per_byte, answer.observations)
@@ -75,12 +74,13 @@ class SharedLink(Link):
         """As of the last probe."""
         return self._queued
 
-    def places(self, offsets: bytes, nbytes: int) -> list[slice]:
-        """Where in the arena blocks lie. Raises WireError for what lies outside."""
+    def starts(self, offsets: bytes, nbytes: int) -> list[int]:
+        """Where in the arena blocks begin. Raises WireError for what lies outside."""
         starts = wire.unpack_offsets(offsets)
         if len(starts) and int(starts.max()) + nbytes > len(self.arena):
             raise WireError("the daemon names memory outside its arena")
-        return list(map(slice, starts.tolist(), (starts + np.uint64(nbytes)).tolist()))
+        places: list[int] = starts.tolist()
+        return places
 
 
 class SharedLease(ClientLease):
@@ -90,7 +90,7 @@ class SharedLease(ClientLease):
         self, link: SharedLink, leased: wire.Leased, block_bytes: int, deadline_s: float
     ) -> None:
         """As `Link.lease`."""
-        self._places: list[slice] = []  # in the arena, of the blocks that are ready
+        self._starts: list[int] = []  # in the arena, of the blocks that are ready
         self._block_bytes = block_bytes
         self._memory = link
         super().__init__(link, leased, deadline_s)
@@ -102,16 +102,16 @@ class SharedLease(ClientLease):
             self._more_locked(progress.offsets, progress.blocks)
 
     def _views_of(self, start: int, stop: int) -> list[memoryview]:
-        memory = self._memory.readable
-        return [memory[place] for place in self._places[start:stop]]
+        memory, nbytes = self._memory.readable, self._block_bytes
+        return [memory[place : place + nbytes] for place in self._starts[start:stop]]
 
     def _more_locked(self, offsets: bytes, blocks: int) -> None:
         """Blocks have become ready, of `blocks` at most."""
-        places = self._places + self._memory.places(offsets, self._block_bytes)
-        if len(places) > blocks:
+        starts = self._starts + self._memory.starts(offsets, self._block_bytes)
+        if len(starts) > blocks:
             raise WireError("the daemon has more blocks ready than are leased")
-        self._places = places
-        self._ready = len(places)
+        self._starts = starts
+        self._ready = len(starts)
 
 
 def _greet(address: Address, timeout_s: float) -> tuple[socket.socket, wire.Welcome, list[int]]:
