@@ -115,12 +115,15 @@ def blocks_of(event: Event) -> int:
 
 
 def pieces(contents: Contents, most_blocks: int) -> Iterator[Stored]:
-    """A snapshot's contents as events that would have led to it, of so many blocks at most."""
+    """A snapshot's contents as events that would have led to it, of so many blocks at most.
+
+    A block comes after its parent, where that is held in the same tier.
+    """
     for (tier, namespace), held in contents.items():
-        keys, parents = list(held), list(held.values())
+        keys = [key for _, run in runs(held) for key in run]
         for start in range(0, len(keys), most_blocks):
-            part = slice(start, start + most_blocks)
-            yield Stored(tier, namespace, keys[part], parents[part])
+            part = keys[start : start + most_blocks]
+            yield Stored(tier, namespace, part, [held[key] for key in part])
 
 
 def runs(held: Mapping[Key, Key]) -> Iterator[tuple[Key, list[Key]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from kvstore.errors import ClosedError, FallenBehindError
@@ -24,7 +24,7 @@ from kvstore.hashing import Key
 from kvstore.slots import SlotTable
 
 KEPT_BLOCKS = 65_536  # a few MB of keys; a reader that is further behind takes a snapshot
-_STEP_ROWS = 2048  # copied under a tier's lock at once, for a snapshot
+PAGE_ROWS = 2048  # of a table, looked at under its lock at once
 _ATTEMPTS = 5
 
 
@@ -97,13 +97,26 @@ class Feed:
         Raises FallenBehindError where so much changes meanwhile that the log does not hold
         it, ClosedError before `start`.
         """
-        step = _STEP_ROWS
+        rows = PAGE_ROWS
         for _ in range(_ATTEMPTS - 1):
             try:
-                return self._snapshot(step)
+                return self._snapshot(rows)
             except FallenBehindError:
-                step *= 16  # in fewer, longer looks
-        return self._snapshot(step)
+                rows *= 16  # in fewer, longer looks
+        return self._snapshot(rows)
+
+    def pages(self, rows: int = PAGE_ROWS) -> Iterator[Stored]:
+        """What the tiers hold, found row by row while blocks come and go.
+
+        With the events since the `last_id` from before it is what they held at the `last_id`
+        from after: a block that stays keeps its row and is found, and of every other the
+        events tell what has become of it. A tier's lock is held for one page of rows.
+        """
+        for tier in self._tiers:
+            start = 0
+            while start < len(tier.slots.index.keys) and not self._closed:
+                yield from _page(tier, slice(start, start + rows))
+                start += rows
 
     def subscribe(self, wake: Callable[[], None]) -> Callable[[], None]:
         """Have `wake` called at every event; the result undoes it.
@@ -135,20 +148,16 @@ class Feed:
             raise ClosedError("no events are recorded: call start() first")
         return self._log
 
-    def _snapshot(self, step: int) -> Snapshot:
-        # Blocks come and go while they are copied. One that does not is copied as it is, for
-        # it keeps its row; of every other the events since tell what has become of it.
-        contents: Contents = defaultdict(dict)
+    def _snapshot(self, rows: int) -> Snapshot:
+        contents: Contents = {}
         last_id = self.last_id
-        if not self._closed:
-            for tier in self._tiers:
-                _copy(tier, contents, step)
-        plain = {place: held for place, held in contents.items() if held}
+        for stored in self.pages(rows):
+            apply(contents, stored)
         while events := self.read(last_id, KEPT_BLOCKS):
             for number, event in events:
-                apply(plain, event)
+                apply(contents, event)
                 last_id = number
-        return Snapshot(last_id, plain)
+        return Snapshot(last_id, contents)
 
 
 class _Tap:
@@ -165,19 +174,16 @@ class _Tap:
         self._append(Removed(self._tier, namespace, keys))
 
 
-def _copy(tier: Table, contents: Contents, step: int) -> None:
-    """Add what a tier holds, `step` rows under its lock at a time."""
-    slots, start, rows = tier.slots, 0, 1
-    while start < rows:
-        with tier.lock:
-            index = slots.index
-            part = slice(start, start + step)
-            keys, parents = index.keys[part], index.parents[part]
-            numbers = index.namespace[part].tolist()
-            names = slots.fingerprints()
-            rows = len(index.keys)
-        held = [contents[tier.name, name] for name in names]
-        for key, parent, number in zip(keys, parents, numbers, strict=True):
-            if key is not None:
-                held[number][key] = parent
-        start += step
+def _page(tier: Table, rows: slice) -> Iterator[Stored]:
+    """What these rows of a tier hold, by namespace."""
+    with tier.lock:
+        index = tier.slots.index
+        keys, parents = index.keys[rows], index.parents[rows]
+        numbers = index.namespace[rows].tolist()
+        names = tier.slots.fingerprints()
+    found: defaultdict[int, dict[Key, Key]] = defaultdict(dict)
+    for key, parent, number in zip(keys, parents, numbers, strict=True):
+        if key is not None:
+            found[number][key] = parent
+    for number, held in found.items():
+        yield Stored(tier.name, names[number], list(held), list(held.values()))

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from kvstore import wire
 from kvstore.daemon.grpc_admin import AdminServicer
 from kvstore.daemon.grpc_calls import Calls
+from kvstore.daemon.grpc_events import add_events
 from kvstore.daemon.grpc_guard import Guard
 from kvstore.daemon.grpc_store import StoreServicer
 from kvstore.daemon.listening import Endpoint
@@ -57,7 +58,7 @@ def credentials_of(asked: DaemonSettings) -> grpc.ServerCredentials | None:
 
 
 class GrpcDoor:
-    """The services Store and Admin, health and reflection, in the event loop that opened it."""
+    """Store, Admin, Events, health and reflection, in the event loop that opened it."""
 
     def __init__(self, server: grpc.aio.Server, port: int, state: health.aio.HealthServicer):
         """Use `open`."""
@@ -103,6 +104,7 @@ class GrpcDoor:
             file.services_by_name[name].full_name
             for file, name in ((store_pb2.DESCRIPTOR, "Store"), (admin_pb2.DESCRIPTOR, "Admin"))
         ]
+        served.append(add_events(server, service, calls))
         state = health.aio.HealthServicer()
         for name in served:
             await state.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import logging
@@ -13,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from kvstore.errors import (
     ClosedError,
+    FallenBehindError,
     InputError,
     KVStoreError,
     LayoutError,
@@ -42,6 +44,7 @@ _STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (WireError, grpc.StatusCode.INVALID_ARGUMENT),
     (ClosedError, grpc.StatusCode.UNAVAILABLE),
     (TierError, grpc.StatusCode.UNAVAILABLE),
+    (FallenBehindError, grpc.StatusCode.OUT_OF_RANGE),
 )
 
 
@@ -83,8 +86,10 @@ def _guarded(handler: Any, method: str) -> Any:
                         await context.write(reply)
                 return None
             return await answer(request, context)
-        except grpc.aio.BaseError:  # it has its status already, or the client is gone
+        except grpc.aio.AbortError:  # it has its status already
             raise
+        except grpc.aio.InternalError:  # what was written did not go out
+            raise asyncio.CancelledError from None
         except DecodeError:
             status, text = grpc.StatusCode.INVALID_ARGUMENT, "this is no message of that type"
         except KVStoreError as error:

@@ -24,14 +24,14 @@ from kvstore.daemon.listening import is_loopback
 from kvstore.daemon.service import Service
 from kvstore.daemon.vllm_schema import KVEventBatch, translate
 from kvstore.errors import FallenBehindError, SettingsError
-from kvstore.events import Cleared, Event, pieces
+from kvstore.events import Cleared, Event, Stored, pieces
 from kvstore.identity import Namespace
 
 log = logging.getLogger(__name__)
 
 TOPIC = b""  # vLLM's own default
 END = (-1).to_bytes(8, "big", signed=True)
-PIECE_BLOCKS = 4096  # of a snapshot, in one batch
+PIECE_BLOCKS = 1024  # of a snapshot, in one batch
 QUEUED_BATCHES = 4096  # for one subscriber; beyond, it misses some, as their numbers tell it
 REPLAYED_BATCHES = 10_000  # kept for who has missed some, as vLLM does
 REPLAYED_BYTES = 64 << 20  # of them at most
@@ -97,14 +97,18 @@ class ZmqDoor:
 
     async def _publish_all(self) -> None:
         """What is held, and then what happens. Raises FallenBehindError."""
-        feed = self._store.feed
-        last_id, contents = await asyncio.to_thread(feed.snapshot)
+        last_id, held = await asyncio.to_thread(self._snapshot)
         await self._send([Cleared()])  # what subscribers knew of may be gone
-        for piece in pieces(contents, PIECE_BLOCKS):
-            await self._send([piece])
-        async with contextlib.aclosing(follow(feed, last_id)) as batches:
+        while held:
+            await self._send([held.popleft()])
+        async with contextlib.aclosing(follow(self._store.feed, last_id)) as batches:
             async for batch in batches:
                 await self._send([event for _, event in batch])
+
+    def _snapshot(self) -> tuple[int, deque[Stored]]:
+        """What is held, and the number of the last event before. A few seconds for a million."""
+        last_id, contents = self._store.feed.snapshot()
+        return last_id, deque(pieces(contents, PIECE_BLOCKS))
 
     async def _send(self, events: Sequence[Event]) -> None:
         self._learn(events)

@@ -132,6 +132,12 @@ def test_pieces_lead_to_the_contents_they_were_made_of() -> None:
     assert after(*parts) == contents
 
 
+def test_pieces_begin_with_the_first_blocks() -> None:
+    contents = after(stored(*range(30, 0, -1)))
+    keys = [held for part in pieces(contents, 7) for held in part.keys]
+    assert keys == [key(n) for n in range(1, 31)]
+
+
 @given(st.lists(st.integers(min_value=0, max_value=30), max_size=30))
 def test_runs_are_chains_after_what_they_continue(parents: list[int]) -> None:
     # Block n names some block before it, or one that is not held.

@@ -203,7 +203,7 @@ def test_a_snapshot_is_right_while_others_write_long(make_rig: MakeRig) -> None:
 def test_a_snapshot_does_not_need_everything_to_stand_still(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore.feed._STEP_ROWS", 8)
+    monkeypatch.setattr("kvstore.feed.PAGE_ROWS", 8)
     rig = start(make_rig)
     put(rig.store, UNIVERSE[0])
     once = threading.local()
