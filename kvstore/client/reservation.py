@@ -25,7 +25,9 @@ class ClientReservation:
         if len(self.indices) != len(self._views):
             raise WireError("the daemon has reserved other slots than it says")
         self._open = True
-        link.reservations.add(self._number)
+        self._is_held = bool(self._views)  # an empty reservation is nothing to the daemon
+        if self._is_held:
+            link.reservations.add(self._number)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -42,6 +44,8 @@ class ClientReservation:
         if not self._open:
             raise ClosedError("the reservation was committed or aborted before")
         self._open = False
+        if not self._is_held:
+            return 0
         payload = self._payload()
         self._views = []
         connection = self._link.connection
@@ -61,7 +65,8 @@ class ClientReservation:
         if self._open:
             self._open = False
             self._views = []
-            self._link.let_go(wire.Abort(self._number))
+            if self._is_held:
+                self._link.let_go(wire.Abort(self._number))
 
     def _payload(self) -> Sequence[memoryview]:
         """What the daemon has to be sent to have the blocks."""
@@ -69,7 +74,7 @@ class ClientReservation:
 
     def __del__(self) -> None:
         # As with leases: only leave word.
-        if self._open:
+        if self._open and self._is_held:
             self._link.abandoned.append(wire.Abort(self._number))
 
     def __enter__(self) -> Self:

@@ -135,6 +135,8 @@ class Conversation:
         indices = np.array(reservation.indices, dtype="<u4").tobytes()
         offsets = reservation.offsets().astype("<u8").tobytes()
         reply = wire.Reserved(request.seq, number, indices, offsets)
+        if not len(reservation):  # as with leases
+            self._session.abort(number)
         if reservation.is_populated:
             return reply
 
