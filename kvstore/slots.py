@@ -84,6 +84,7 @@ class SlotTable:
         self.protected_bytes: Counter[int] = Counter()  # namespace id -> above default priority
         self._namespace_ids: dict[bytes, int] = {}
         self._namespaces: list[bytes] = []
+        self._held: NDArray[np.int64] = np.zeros((2, 16), dtype=np.int64)  # blocks, bytes: by id
         self._order = EvictionOrder(self.index)
         self._expiry = Expiry(self.index)
         self._evicted: set[Key] = set()
@@ -115,14 +116,9 @@ class SlotTable:
         return self._namespaces[self.index.namespace.item(row)]
 
     def usage(self) -> dict[bytes, Usage]:
-        """What each namespace holds. Takes milliseconds where there are millions of blocks."""
-        index = self.index
-        resident = np.flatnonzero(index.state == State.RESIDENT)
-        numbers = index.namespace[resident]
-        blocks = np.bincount(numbers, minlength=len(self._namespaces))
-        nbytes = np.bincount(numbers, index.nbytes[resident], len(self._namespaces))
-        columns = zip(self._namespaces, blocks.tolist(), nbytes.tolist(), strict=True)
-        return {name: Usage(count, int(total)) for name, count, total in columns if count}
+        """What each namespace holds."""
+        held = zip(self._namespaces, *self._held.tolist(), strict=False)
+        return {name: Usage(blocks, nbytes) for name, blocks, nbytes in held if blocks}
 
     def fingerprints(self) -> list[bytes]:
         """Of the namespaces seen, by the number that stands for each in the `namespace` column."""
@@ -273,6 +269,7 @@ class SlotTable:
         self._order.fill(keys, parents)
         for row in np.flatnonzero(index.priority > DEFAULT_PRIORITY).tolist():
             self.protected_bytes[index.namespace.item(row)] += index.nbytes.item(row)
+        self._hold(rows, 1)
         for row, expires_s in enumerate(blocks.expires_s[taken].tolist()):
             if expires_s > 0:
                 self._expiry.set(row, expires_s)
@@ -293,6 +290,7 @@ class SlotTable:
         index.expires_s[rows] = 0.0
         index.rank[rows] = self.policy.admitted(rows)
         index.state[rows] = State.RESIDENT
+        self._hold(rows, 1)
         if batch.priority > DEFAULT_PRIORITY:
             self.protected_bytes[number] += int(index.nbytes[rows].sum())
         self._order.admit(listed, batch.keys, batch.parents)
@@ -310,6 +308,7 @@ class SlotTable:
         self._evicted.update(gone)
         if len(self._evicted) >= EVICTED_REMEMBERED:
             self._evicted, self._evicted_before = set(), self._evicted
+        self._hold(rows, -1)
         index.expires_s[rows] = 0.0
         for row in rows[index.priority[rows] > DEFAULT_PRIORITY].tolist():
             self.protected_bytes[index.namespace.item(row)] -= index.nbytes.item(row)
@@ -331,7 +330,15 @@ class SlotTable:
         number = self._namespace_ids.setdefault(namespace, len(self._namespaces))
         if number == len(self._namespaces):
             self._namespaces.append(namespace)
+            if number == self._held.shape[1]:
+                self._held = np.concatenate([self._held, np.zeros_like(self._held)], axis=1)
         return number
+
+    def _hold(self, rows: Rows, sign: int) -> None:
+        """Count these rows in (1) or out (-1) of what their namespaces hold."""
+        numbers = self.index.namespace[rows]
+        np.add.at(self._held[0], numbers, sign)
+        np.add.at(self._held[1], numbers, sign * self.index.nbytes[rows])
 
     def _add_pins(self, rows: Rows, count: int) -> None:
         if self.index.are_distinct(rows):
@@ -370,6 +377,12 @@ class SlotTable:
                 protected[index.namespace.item(row)] += index.nbytes.item(row)
         if protected != +self.protected_bytes:
             raise InvariantError("bytes above default priority are counted wrongly")
+        held = np.zeros_like(self._held)
+        rows = np.array(list(index.rows_by_key.values()), dtype=np.int64)
+        np.add.at(held[0], index.namespace[rows], 1)
+        np.add.at(held[1], index.namespace[rows], index.nbytes[rows])
+        if (held != self._held).any():
+            raise InvariantError("what each namespace holds is counted wrongly")
 
 
 def _check_priority(priority: int) -> None:
