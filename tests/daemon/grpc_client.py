@@ -13,6 +13,7 @@ import grpc
 from kvstore.hashing import Chain
 from kvstore.identity import Namespace
 from kvstore.proto import admin_pb2_grpc, store_pb2, store_pb2_grpc
+from tests.daemon.doors import Daemon
 from tests.store.rig import PATIENCE_S, content
 
 PIECE = 100_000  # bytes of a put in one message: no whole number of blocks
@@ -137,6 +138,13 @@ class Put:
 
     def _sent(self) -> Iterator[store_pb2.PutRequest]:
         return iter(self._requests.get, None)
+
+
+def holds_nothing(daemon: Daemon) -> None:
+    """Wait until no call holds anything any more; what is being written to NVMe is pinned too."""
+    daemon.until(lambda: not daemon.service.sessions)
+    daemon.until(lambda: daemon.store.stats().ram["pinned_blocks"] == 0)
+    daemon.store.check_invariants()
 
 
 def message(blocks: Chain) -> store_pb2.Chain:

@@ -20,19 +20,12 @@ from kvstore.hashing import Key
 from kvstore.proto import admin_pb2, store_pb2
 from tests.cli.commands import environment
 from tests.daemon.doors import Daemon
-from tests.daemon.grpc_client import GrpcClient, message, namespace
+from tests.daemon.grpc_client import GrpcClient, holds_nothing, message, namespace
 from tests.store.rig import BLOCK, NAMESPACE, PATIENCE_S, Rig, chain, content, get, put
 
 
 def data_of(keys: Iterable[Key]) -> bytes:
     return b"".join(map(content, keys))
-
-
-def is_quiet(daemon: Daemon) -> None:
-    """Wait until no call holds anything."""
-    daemon.until(lambda: not daemon.service.sessions)
-    assert daemon.store.stats().ram["pinned_blocks"] == 0
-    daemon.store.check_invariants()
 
 
 # ---- the verbs
@@ -149,7 +142,7 @@ def test_what_is_late_is_a_miss(remote: GrpcClient, rig: Rig, daemon: Daemon) ->
     rig.store_below(chain(4))
     rig.gate.hold("read")
     assert remote.get(chain(4), deadline_s=0.01) == (0, "MISS_DEADLINE", b"", [])
-    is_quiet(daemon)
+    holds_nothing(daemon)
 
 
 def test_a_cancelled_get_gives_its_pins_back(remote: GrpcClient, rig: Rig, daemon: Daemon) -> None:
@@ -162,7 +155,7 @@ def test_a_cancelled_get_gives_its_pins_back(remote: GrpcClient, rig: Rig, daemo
     (session,) = daemon.service.sessions
     assert len(session.leases) == 1
     call.cancel()
-    is_quiet(daemon)
+    holds_nothing(daemon)
 
 
 def test_a_cancelled_put_leaves_nothing(remote: GrpcClient, rig: Rig, daemon: Daemon) -> None:
@@ -172,7 +165,7 @@ def test_a_cancelled_put_leaves_nothing(remote: GrpcClient, rig: Rig, daemon: Da
             assert rig.store.stats().ram["used_bytes"] == 11 * BLOCK
             writing.send(data_of(chain(5)))
         daemon.until(lambda: rig.store.stats().ram["used_bytes"] == 3 * BLOCK)
-    is_quiet(daemon)
+    holds_nothing(daemon)
     assert rig.store.stats().ram["used_bytes"] == 0
     assert rig.store.probe(chain(8)).prefix == 0
 
@@ -203,7 +196,7 @@ def test_a_killed_client_gives_everything_back(
         (session,) = daemon.service.sessions
         assert (len(session.leases), len(session.reservations)) == (1, 1)
         process.send_signal(signal.SIGKILL)
-    is_quiet(daemon)
+    holds_nothing(daemon)
     rig.gate.release()
     assert remote.get(chain(4)).blocks == 4
     assert rig.store.probe(chain(8, seed=1)).prefix == 0
@@ -229,7 +222,7 @@ def test_a_put_of_the_wrong_length_stores_nothing(
             writing.end()
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert says in str(refused.value)
-    is_quiet(daemon)
+    holds_nothing(daemon)
     assert rig.store.stats().ram["used_bytes"] == 0
 
 
@@ -242,7 +235,7 @@ def test_a_put_begins_once(remote: GrpcClient, daemon: Daemon, rig: Rig) -> None
         writing.send_message(begin)
         with pytest.raises(grpc.RpcError, match="and nothing else"):
             writing.end()
-    is_quiet(daemon)
+    holds_nothing(daemon)
     assert rig.store.stats().ram["used_bytes"] == 0
 
 
@@ -261,7 +254,7 @@ def test_the_calls_of_a_connection_share_a_bound(
             assert remote.get(chain(8)).blocks == 2
         with GrpcClient(address) as another:
             assert another.get(chain(8)).blocks == 6
-    is_quiet(daemon)
+    holds_nothing(daemon)
     assert remote.get(chain(8)).blocks == 6
 
 
@@ -303,7 +296,7 @@ def test_long_messages_are_refused(remote: GrpcClient, daemon: Daemon, rig: Rig)
         with pytest.raises(grpc.RpcError) as refused:
             writing.end()
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    is_quiet(daemon)
+    holds_nothing(daemon)
     assert rig.store.stats().ram["used_bytes"] == 0
 
 
