@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.errors import ClosedError
-from kvstore.hashing import Chain
+from kvstore.hashing import Chain, Key
 from kvstore.hub import Hub
 from kvstore.policy import Rows
 from kvstore.retention import DEFAULT_PRIORITY, Retention
@@ -50,6 +50,15 @@ class Reservation:
         return len(self.indices)
 
     @property
+    def keys(self) -> list[Key]:
+        """Of the blocks that the slots are for."""
+        return [self._chain.keys[i] for i in self.indices]
+
+    @property
+    def block_bytes(self) -> int:
+        return self._chain.namespace.layout.block_bytes
+
+    @property
     def views(self) -> list[memoryview]:
         """Writable bytes of each reserved block, canonical layout; owned by the store.
 
@@ -78,7 +87,7 @@ class Reservation:
         Raises ClosedError when committed or aborted before, or the store is closed.
         """
         hub, chain = self._hub, self._chain
-        keys = [chain.keys[i] for i in self.indices]
+        keys = self.keys
         parents = [chain.keys[i - 1] if i else chain.parent for i in self.indices]
         self._check_open()
         sums = hub.sums(self._rows.tolist()) if hub.bounds.verify == "always" else {}

@@ -17,6 +17,7 @@ from kvstore.feed import Feed
 from kvstore.hashing import Chain, Key
 from kvstore.histogram import Distribution
 from kvstore.hub import Bounds, Hub
+from kvstore.identity import Namespace
 from kvstore.lease import PENDING, Fill, Lease
 from kvstore.lookup import Lookup
 from kvstore.measures import Measures
@@ -64,13 +65,15 @@ class BlockStore:
             hub.check_open()
             return self._lookup.probe_locked(chain)
 
-    def explain(self, chain: Chain) -> Explanation:
-        """Where the chain breaks, and why."""
+    def explain(
+        self, chain: Chain, *, known_to: Callable[[Namespace], bool] | None = None
+    ) -> Explanation:
+        """Where the chain breaks, and why; no namespace is named that `known_to` says no to."""
         asked = chain.namespace
         with self._hub.lock:
             self._hub.check_open()
             answer = self._lookup.explain_locked(chain)
-            known = self._lookup.namespaces_locked().values()
+            known = list(filter(known_to, self._lookup.namespaces_locked().values()))
         if answer.namespace_known or not known or answer.reason != Miss.ABSENT.value:
             return answer
         nearest = min(known, key=lambda other: len(asked.differences(other)))

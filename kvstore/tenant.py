@@ -15,7 +15,7 @@ from typing import Literal
 
 from kvstore.hashing import KEY_BYTES, Chain, Key
 from kvstore.identity import Namespace
-from kvstore.retention import MAX_PRIORITY, Retention
+from kvstore.retention import DEFAULT_PRIORITY, MAX_PRIORITY, Retention
 
 Right = Literal["read", "write", "admin"]
 RIGHTS: tuple[Right, ...] = ("read", "write", "admin")
@@ -31,12 +31,21 @@ class Tenant:
     quota_bytes: int | None = None  # of blocks, over RAM and NVMe; None: no limit of its own
     priority_cap: int = MAX_PRIORITY
 
+    @property
+    def mark(self) -> str:
+        """What the salts of this tenant's namespaces begin with, and of nobody else's."""
+        return hashlib.sha256(self.secret + b"mark").hexdigest()[:16] if self.secret else ""
+
     def namespace(self, asked: Namespace) -> Namespace:
         """What the store knows a client's namespace as."""
         if not self.secret:
             return asked
-        salt = hashlib.sha256(self.secret + b"salt" + asked.salt.encode()).hexdigest()[:32]
-        return dataclasses.replace(asked, salt=salt)
+        salt = hashlib.sha256(self.secret + b"salt" + asked.salt.encode("utf-8", "surrogatepass"))
+        return dataclasses.replace(asked, salt=self.mark + salt.hexdigest()[:32])
+
+    def owns(self, namespace: Namespace) -> bool:
+        """Whether one that the store knows is this tenant's; all are, to one without a secret."""
+        return namespace.salt.startswith(self.mark)
 
     def chain(self, asked: Namespace, own: Namespace, parent: Key, keys: tuple[Key, ...]) -> Chain:
         """What the store knows a client's chain as; `own` is `namespace(asked)`."""
@@ -52,8 +61,9 @@ class Tenant:
         return Chain(own, first, tuple(mapped[1:]))
 
     def retention(self, asked: Retention) -> Retention:
-        """What is granted: no more than the cap."""
-        return dataclasses.replace(asked, priority=min(asked.priority, self.priority_cap))
+        """What is granted: no more than the cap, neither now nor when the time is over."""
+        ttl_s = asked.ttl_s if self.priority_cap >= DEFAULT_PRIORITY else None
+        return Retention(min(asked.priority, self.priority_cap), ttl_s)
 
 
 LOCAL = Tenant("local")

@@ -9,6 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvstore.answers import Stats
+from kvstore.daemon.quota import Quota
 from kvstore.daemon.session import Leased, Session
 from kvstore.errors import RequestError
 from kvstore.hot import HotPrefixes, Prefix
@@ -40,6 +42,7 @@ class Service:
         self.limits = limits or Limits()
         self.sessions: set[Session] = set()
         self.tenant_blocks: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._quotas: dict[str, Quota] = {}
         self.started_s = time.monotonic()
         self.checking = asyncio.Lock()  # whose turn it is to have blocks checked
         self.hot = HotPrefixes()
@@ -102,6 +105,23 @@ class Service:
             reason = held.miss or Miss.TOO_SLOW
             counted[f"miss_{reason.value}"] += len(asked) - len(lease)
 
+    def quota_of(self, tenant: Tenant) -> Quota | None:
+        """The tenant's, which all its sessions share. Reads the store's tables the first time."""
+        if tenant.quota_bytes is None:
+            return None
+        if tenant.name not in self._quotas:
+            self._quotas[tenant.name] = Quota(self.store, tenant, tenant.quota_bytes)
+        return self._quotas[tenant.name]
+
+    def stats_of(self, tenant: Tenant) -> Stats:
+        """What concerns nobody else: blocks served and missed, and what it holds of its quota."""
+        counted, quota = self.tenant_blocks[tenant.name], self.quota_of(tenant)
+        counters = {"asked_blocks": counted["asked"]}
+        if quota is not None:
+            counters |= {"quota_bytes": quota.limit_bytes, "held_bytes": quota.held_bytes}
+            counters |= quota.counters
+        return Stats({}, {}, _part(counted, "hit_"), _part(counted, "miss_"), counters)
+
     def watch(self, changed: Callable[[], None]) -> None:
         """Call `changed` in the loop when a block has arrived, or something was written."""
         self._watchers.add(changed)
@@ -124,3 +144,7 @@ class Service:
         self._awake = False
         for changed in list(self._watchers):
             changed()
+
+
+def _part(counted: Counter[str], prefix: str) -> dict[str, int]:
+    return {name.removeprefix(prefix): n for name, n in counted.items() if name.startswith(prefix)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
@@ -68,6 +67,7 @@ class Session:
         self.peer = peer  # for people: "pid 4711", "10.0.0.7:51234"
         self._service = service
         self._store = service.store
+        self._quota = service.quota_of(tenant)
         self._namespaces: list[_Opened] = []
         self._numbers = count(1)
         self.leases: dict[int, Leased] = {}
@@ -106,16 +106,14 @@ class Session:
 
     def explain(self, chain: Chain) -> Explanation:
         self.check_right("read")
-        explained = self._store.explain(chain)
-        if explained.nearest is None or not self.tenant.secret:
-            return explained
-        # It may be another tenant's: not even that there is one is to be learnt here.
-        absent = Miss.ABSENT.value
-        return dataclasses.replace(explained, reason=absent, nearest=None, differences={})
+        return self._store.explain(chain, known_to=self.tenant.owns)
 
     def stats(self) -> Stats:
+        """The store's, for those who may administer; for all others what is their own."""
         self.check_right("read")
-        return self._store.stats()
+        if "admin" in self.tenant.rights:
+            return self._store.stats()
+        return self._service.stats_of(self.tenant)
 
     def acquire(self, chain: Chain, deadline_s: float | None) -> tuple[int, Lease]:
         """A lease and its number. Shorter than the prefix where the client holds too much."""
@@ -137,6 +135,8 @@ class Session:
             self.in_flight_bytes -= held.nbytes
             held.lease.release()
             self._service.count_served(self.tenant, held)
+            if self._quota is not None:
+                self._quota.used(held.asked.keys[: len(held.lease)])
 
     def prefetch(self, chain: Chain) -> int:
         self.check_right("read")
@@ -148,11 +148,13 @@ class Session:
         """A reservation and its number. Shorter where the client holds too much."""
         self.check_right("write")
         block_bytes = chain.namespace.layout.block_bytes
-        reservation = self._store.reserve(
-            chain.slice(0, self._room_blocks(block_bytes)),
-            retention=self.tenant.retention(retention),
-        )
+        chain = chain.slice(0, self._room_blocks(block_bytes))
+        if self._quota is not None:
+            chain = chain.slice(0, self._quota.room(chain))
+        reservation = self._store.reserve(chain, retention=self.tenant.retention(retention))
         held = Reserved(reservation, len(reservation) * block_bytes)
+        if self._quota is not None:
+            self._quota.reserved(reservation)
         number = next(self._numbers)
         self.reservations[number] = held
         self.in_flight_bytes += held.nbytes
@@ -163,6 +165,8 @@ class Session:
         if held is None:
             raise RequestError(f"reservation {number} is not open on this connection")
         self.in_flight_bytes -= held.nbytes
+        if self._quota is not None:
+            self._quota.committed(held.reservation)
         return held.reservation.commit()
 
     def abort(self, number: int) -> None:
@@ -171,6 +175,8 @@ class Session:
         if held is not None:
             self.in_flight_bytes -= held.nbytes
             held.reservation.abort()
+            if self._quota is not None:
+                self._quota.aborted(held.reservation)
 
     def retain(self, chain: Chain, retention: Retention) -> Retained:
         self.check_right("write")
@@ -178,7 +184,10 @@ class Session:
 
     def evict(self, chain: Chain) -> int:
         self.check_right("write")
-        return self._store.evict(chain)
+        evicted = self._store.evict(chain)
+        if self._quota is not None:
+            self._quota.evicted(chain)
+        return evicted
 
     # ---- ending
 

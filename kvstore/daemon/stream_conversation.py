@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvstore import wire
-from kvstore.daemon.conversation import DEADLINE_SLACK_S, Answer, Conversation
+from kvstore.daemon.conversation import Answer, Conversation
 from kvstore.daemon.outbox import Outbox
 from kvstore.daemon.service import Service
 from kvstore.daemon.session import Session
@@ -96,20 +96,18 @@ class StreamConversation(Conversation):
 
     def _acquire(self, request: wire.Acquire) -> wire.Leased:
         number, lease = self._session.acquire(self._chain(request), request.deadline_s)
-        self._filling[number] = 0
         self._sending[number] = _Sending(len(lease))
-        loop = asyncio.get_running_loop()
-        loop.call_soon(self._report)  # when the client has been told of the lease
-        if lease.ready() < len(lease):
-            self._watch()
-            loop.call_later(lease.left_s() + DEADLINE_SLACK_S, self._report)
-        miss = None if lease.miss is None else lease.miss.value
-        return wire.Leased(request.seq, number, wire.pack_tiers(lease.sources), b"", miss)
+        self._fill(number, lease, 0)
+        asyncio.get_running_loop().call_soon(self._report)  # when the client has been told of it
+        sources = wire.pack_tiers(lease.sources)
+        return wire.Leased(request.seq, number, sources, b"", self._miss(number))
 
     def _reserve(self, request: wire.Reserve) -> wire.Reserved:
         retention = Retention(request.priority, request.ttl_s)
         number, reservation = self._session.reserve(self._chain(request), retention)
         indices = np.array(reservation.indices, dtype="<u4").tobytes()
+        if not len(reservation):  # the client has nothing to give back, and does not
+            self._session.abort(number)
         return wire.Reserved(request.seq, number, indices, b"")
 
     def _report(self) -> None:
@@ -123,10 +121,9 @@ class StreamConversation(Conversation):
             sending = self._sending[number]
             if len(lease) < sending.told:
                 sending.told = len(lease)
-                miss = None if lease.miss is None else lease.miss.value
-                self._push(wire.Progress(number, len(lease), b"", miss))
+                self._push(wire.Progress(number, len(lease), b"", self._miss(number)))
             if ready >= len(lease):
-                del self._filling[number]
+                self._filled(number)
                 self._end_if_sent(number)
         self._watch()
 
@@ -138,7 +135,7 @@ class StreamConversation(Conversation):
 
     def _let_go(self, number: int) -> None:
         """The client wants no more of a lease."""
-        self._filling.pop(number, None)
+        self._filled(number)
         if self._sending.pop(number, None) is None:
             return  # all of it has gone out before
         if self._outbox.drop(number):

@@ -1,0 +1,119 @@
+"""How much one tenant may hold, and which of its own blocks go when it wants more."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+
+from kvstore.frame import names
+from kvstore.hashing import Chain, Key
+from kvstore.reservation import Reservation
+from kvstore.store import BlockStore
+from kvstore.tenant import Tenant
+
+
+class Quota:
+    """A tenant's blocks in the order of use: never more than its quota, over RAM and NVMe.
+
+    A block counts once, with the bytes of its layout, wherever it lies, from its reservation
+    on. When more is wanted, the tenant's own least recently used blocks are evicted from all
+    tiers; where that does not suffice (leases pin them), the reservation is shorter, and that
+    is counted. A block that the store has evicted for others' sake counts until it is met
+    here: never too little. Belongs to the event loop's thread.
+    """
+
+    def __init__(self, store: BlockStore, tenant: Tenant, limit_bytes: int) -> None:
+        """Reads once from the store's tables what the tenant holds already."""
+        self._store = store
+        self._tenant = tenant
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self.reserved_bytes = 0
+        self.counters: Counter[str] = Counter()
+        self._held: OrderedDict[Key, int] = OrderedDict()  # least recently used first
+        self._reserved: dict[Reservation, int] = {}  # bytes that each counts for
+        for key, nbytes in self._found():
+            self._hold(key, nbytes)
+
+    def room(self, chain: Chain) -> int:
+        """For how many leading blocks of a chain there is room, made by evicting others."""
+        nbytes = chain.namespace.layout.block_bytes
+        new = list(dict.fromkeys(key for key in chain.keys if key not in self._held))
+        free_bytes = self._free_bytes()
+        if len(new) * nbytes > free_bytes:
+            self._evict(len(new) * nbytes - free_bytes, chain)
+            free_bytes = self._free_bytes()
+        allowed = max(0, free_bytes // nbytes)
+        if len(new) <= allowed:
+            return len(chain)
+        self.counters["quota_refused_blocks"] += len(new) - allowed
+        return chain.keys.index(new[allowed])
+
+    def reserved(self, reservation: Reservation) -> None:
+        nbytes = reservation.block_bytes
+        wanted = sum(nbytes for key in reservation.keys if key not in self._held)
+        self._reserved[reservation] = wanted
+        self.reserved_bytes += wanted
+
+    def committed(self, reservation: Reservation) -> None:
+        """It is about to be."""
+        self.aborted(reservation)
+        for key in reversed(reservation.keys):  # the deepest goes before what it hangs on
+            self._hold(key, reservation.block_bytes)
+
+    def aborted(self, reservation: Reservation) -> None:
+        self.reserved_bytes -= self._reserved.pop(reservation)
+
+    def used(self, keys: Sequence[Key]) -> None:
+        for key in reversed(keys):
+            if key in self._held:
+                self._held.move_to_end(key)
+
+    def evicted(self, chain: Chain) -> None:
+        """These may be gone."""
+        self._drop_absent(chain)
+
+    def _free_bytes(self) -> int:
+        return self.limit_bytes - self.held_bytes - self.reserved_bytes
+
+    def _evict(self, nbytes: int, keep: Chain) -> None:
+        kept, going = set(keep.keys), []
+        for key, size in self._held.items():
+            if nbytes <= 0:
+                break
+            if key not in kept:
+                going.append(key)
+                nbytes -= size
+        self.counters["quota_evicted_blocks"] += self._store.inventory.evict(going)
+        self._drop_absent(Chain(keep.namespace, keep.parent, tuple(going)))
+
+    def _drop_absent(self, chain: Chain) -> None:
+        """What leases pin stays, and is tried again later than all else."""
+        for key, tier in zip(chain.keys, self._store.probe(chain).tiers, strict=True):
+            if tier is not None:
+                self.used([key])
+            elif key in self._held:
+                self.held_bytes -= self._held.pop(key)
+
+    def _hold(self, key: Key, nbytes: int) -> None:
+        self.held_bytes += nbytes - self._held.pop(key, 0)
+        self._held[key] = nbytes
+
+    def _found(self) -> Iterator[tuple[Key, int]]:
+        inventory = self._store.inventory
+        known = inventory.namespaces().items()
+        own = {name for name, namespace in known if self._tenant.owns(namespace)}
+        for tier in reversed(inventory.tiers()) if own else ():
+            start: int | None = 0
+            rows: list[tuple[float, Key, int]] = []
+            while start is not None:
+                page = inventory.page(tier, start)
+                start = page.following
+                columns = (page.rows["last_use_s"].tolist(), names(page.rows["key"]))
+                found = zip(names(page.rows["namespace"]), *columns, strict=True)
+                sizes = page.rows["raw_bytes"].tolist()
+                for (name, used_s, key), nbytes in zip(found, sizes, strict=True):
+                    if name in own:
+                        rows.append((used_s, key, nbytes))
+            for _, key, nbytes in sorted(rows, key=lambda row: row[0]):
+                yield key, nbytes
