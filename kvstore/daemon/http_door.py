@@ -15,7 +15,6 @@ from ipaddress import ip_address
 
 from aiohttp import web
 
-from kvstore.answers import NamespaceUsage
 from kvstore.daemon.history import STEP_S, History
 from kvstore.daemon.listening import Endpoint, is_loopback
 from kvstore.daemon.metrics import render
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 
 CONNECTIONS = 64  # at once; more are closed unheard
 ENDING_S = 1.0  # for answers under way when the daemon ends
-USAGE_S = 1.0  # how long the answer to "who holds what" is good, however many look
+HOTTEST = 10  # prefixes that are shown
 HALF_LIFE_S = 600.0  # of what a prefix has been served
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -44,8 +43,6 @@ class HttpDoor:
         self._loop = asyncio.get_running_loop()
         self._started_s = self._loop.time()
         self._history = History(service.store.stats())
-        self._usage: list[NamespaceUsage] = []
-        self._usage_until_s = 0.0
         self._page = Page((resources.files("kvstore.daemon") / "static/index.html").read_text())
         self._runner = web.AppRunner(
             self._application(), access_log=None, handle_signals=False, shutdown_timeout=ENDING_S
@@ -80,14 +77,13 @@ class HttpDoor:
         )
 
     async def _tell_status(self, request: web.Request) -> web.Response:
-        usage = await self._read_usage()
         service = self._service
         status = read_status(service)
         return web.json_response(
             {
                 "uptime_s": self._loop.time() - self._started_s,
                 "not_ready": why_not_ready(service),
-                **describe(status, usage, service.hot.top(10)),
+                **describe(status, service.hot.top(HOTTEST)),
                 "step_s": STEP_S,
                 "history": self._history.columns(status.stats),
             }
@@ -147,13 +143,6 @@ class HttpDoor:
         except ClosedError:  # only while the daemon ends
             return
         self._service.hot.fade(0.5 ** (STEP_S / HALF_LIFE_S))
-
-    async def _read_usage(self) -> list[NamespaceUsage]:
-        """In a thread: it goes through every block there is."""
-        if self._loop.time() >= self._usage_until_s:
-            self._usage_until_s = self._loop.time() + USAGE_S
-            self._usage = await asyncio.to_thread(self._service.store.usage)
-        return self._usage
 
 
 class _Unheard(asyncio.Protocol):

@@ -101,9 +101,10 @@ class StatusCollector(Collector):
         )
         text = "Time since the last use of blocks that had to make room for others."
         yield _histogram("eviction_age_seconds", text, ages)
-        yield _gauge(
-            "pinned_blocks", "Blocks of RAM in use, or queued.", stats.ram["pinned_blocks"]
-        )
+        pinned, text = stats.ram["pinned_blocks"], "Blocks of RAM in use, or queued."
+        yield _gauge("pinned_blocks", text, pinned)
+        held_of = sum(bool(each.blocks) for each in self._status.usage)
+        yield _gauge("namespaces", "Namespaces of which blocks are held.", held_of)
 
     def _blocks(self) -> Iterator[Metric]:
         """For blocks asked of the store: asked = hits of all tiers + misses of all reasons."""

@@ -31,12 +31,10 @@ class Page:
         )
 
 
-def describe(
-    status: Status, usage: Sequence[NamespaceUsage], hottest: Sequence[HotPrefix]
-) -> dict[str, Any]:
+def describe(status: Status, hottest: Sequence[HotPrefix]) -> dict[str, Any]:
     """The body of `GET /api/status`, but for its history."""
     stats, read = status.stats, status.distributions
-    models = {held.namespace.fingerprint: held.namespace for held in usage}
+    models = {held.namespace.fingerprint: held.namespace for held in status.usage}
     return {
         "version": __version__,
         "tiers": _tiers(status),
@@ -50,7 +48,7 @@ def describe(
         },
         "clients": _clients(status),
         "tenants": _tenants(status),
-        "namespaces": _namespaces(usage),
+        "namespaces": _namespaces(status.usage),
         "prefixes": [
             {
                 "key": hot.prefix.key.hex()[:12],

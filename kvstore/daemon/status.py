@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from kvstore.answers import Stats
+from kvstore.answers import NamespaceUsage, Stats
 from kvstore.daemon.service import Service
 from kvstore.histogram import Distribution
 
@@ -25,6 +25,7 @@ class Status(NamedTuple):
 
     stats: Stats
     distributions: Mapping[str, Distribution]
+    usage: list[NamespaceUsage]
     clients: list[Client]
     tenants: Mapping[str, Mapping[str, int]]  # blocks by "asked", "hit_<tier>", "miss_<reason>"
 
@@ -34,6 +35,7 @@ def read_status(service: Service) -> Status:
     return Status(
         service.store.stats(),
         service.store.distributions(),
+        service.store.usage(),
         [
             Client(
                 session.tenant.name,

@@ -228,7 +228,7 @@ def _own(session: Session, blocks: Chain) -> Chain:
 def test_what_is_held_is_told(daemon: Daemon, client: StoreClient) -> None:
     put(client, chain(3))
     idle = scrape(daemon)
-    assert idle.value("sessions") == 1
+    assert idle.value("sessions") == idle.value("namespaces") == 1
     assert idle.value("leases_open") == idle.value("in_flight_bytes") == 0
     with client.acquire(chain(3)), client.reserve(chain(2, seed=9)):
         busy = scrape(daemon)
@@ -241,12 +241,12 @@ def test_what_is_held_is_told(daemon: Daemon, client: StoreClient) -> None:
 
 def test_what_waits_for_the_drive_is_told(daemon: Daemon, rig: Rig, client: StoreClient) -> None:
     rig.gate.hold("write")
-    put(client, chain(1))
-    rig.gate.arrived("write")
+    for seed in range(rig.hub.bounds.transfers_in_flight):
+        put(client, chain(1, seed=100 + seed))
+        rig.gate.arrived("write")
     put(client, chain(4, seed=1))
-    put(client, chain(4, seed=2))
-    waiting = scrape(daemon).value("demotion_queue_blocks")
-    assert waiting == rig.store.stats().queues["demotion_blocks"]
+    put(client, chain(2, seed=2))
+    assert scrape(daemon).value("demotion_queue_blocks") == 6
     rig.gate.release()
     assert rig.store.flush(PATIENCE_S)
     assert scrape(daemon).value("demotion_queue_blocks") == 0
