@@ -92,6 +92,7 @@ LAYERS = {
         "daemon public",
     ),
     "connectors": Layer("connectors", "errors pure tier verbs kernels store client public"),
+    "testing": Layer("testing", "errors pure verbs public"),
 }
 
 
