@@ -16,9 +16,11 @@ from kvstore.daemon.listening import Endpoint
 from kvstore.daemon.service import Limits
 from kvstore.daemon.tokens import Tenants
 from kvstore.verbs import Store
+from tests.daemon.data_doors import DataDaemon
 from tests.daemon.doors import Daemon, DaemonProcess
 from tests.daemon.grpc_client import GrpcClient
 from tests.daemon.subjects import SUBJECTS
+from tests.daemon.tenants import TENANTS, THIEF, VICTIM
 from tests.store.rig import Rig, RunningClock
 
 MakeProcess = Callable[..., DaemonProcess]
@@ -48,6 +50,24 @@ def daemon(rig: Rig, tmp_path: Path, limits: Limits | None) -> Iterator[Daemon]:
 @pytest.fixture
 def client(daemon: Daemon) -> Iterator[StoreClient]:
     with daemon.connect() as client:
+        yield client
+
+
+@pytest.fixture
+def tenants_daemon(rig: Rig) -> Iterator[DataDaemon]:
+    with DataDaemon(rig.store, TENANTS) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def victim(tenants_daemon: DataDaemon) -> Iterator[StoreClient]:
+    with tenants_daemon.connect(token=VICTIM) as client:
+        yield client
+
+
+@pytest.fixture
+def thief(tenants_daemon: DataDaemon) -> Iterator[StoreClient]:
+    with tenants_daemon.connect(token=THIEF) as client:
         yield client
 
 
