@@ -46,7 +46,10 @@ VALUES: dict[int, st.SearchStrategy[Any]] = {
 }
 VALID: dict[str, Any] = {"Namespace": namespace(NAMESPACE), "Chain": message(chain(3))}
 
-fuzzed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzzed = settings(
+    max_examples=settings().max_examples // 3,  # of each method, twice
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 def messages(kind: Descriptor) -> st.SearchStrategy[Any]:
