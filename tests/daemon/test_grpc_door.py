@@ -288,6 +288,9 @@ def test_long_messages_are_refused(remote: GrpcClient, daemon: Daemon, rig: Rig)
     with pytest.raises(grpc.RpcError) as refused:
         remote.ask(remote.store.Probe, probe)
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    with pytest.raises(grpc.RpcError) as refused:  # short only as long as it is compressed
+        remote.store.Probe(probe, compression=grpc.Compression.Gzip)
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     probe.chain.keys = bytes(16 * 65_537)
     with pytest.raises(grpc.RpcError, match="more than 65536 keys"):
         remote.ask(remote.store.Probe, probe)

@@ -14,18 +14,15 @@ from google.protobuf.message_factory import GetMessageClass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvstore.proto import admin_pb2, store_pb2
+from kvstore.proto import admin_pb2, events_pb2, store_pb2
 from tests.daemon.doors import Daemon
 from tests.daemon.grpc_client import GrpcClient, holds_nothing, message, namespace
 from tests.store.rig import BLOCK, NAMESPACE, PATIENCE_S, Rig, chain
 
 METHODS: list[MethodDescriptor] = [
-    method
-    for service in (
-        store_pb2.DESCRIPTOR.services_by_name["Store"],
-        admin_pb2.DESCRIPTOR.services_by_name["Admin"],
-    )
-    for method in service.methods
+    *store_pb2.DESCRIPTOR.services_by_name["Store"].methods,
+    *admin_pb2.DESCRIPTOR.services_by_name["Admin"].methods,
+    events_pb2.DESCRIPTOR.services_by_name["Events"].methods_by_name["Name"],
 ]
 # Not INTERNAL, not UNKNOWN: those say that the daemon did not expect it.
 EXPECTED = {
