@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import cast
 
 from kvstore import wire
@@ -124,7 +125,7 @@ class Connection(asyncio.Protocol):
             return
         task = asyncio.get_running_loop().create_task(self._finish(seq, answer))
         self._unanswered.add(task)
-        task.add_done_callback(self._finished)
+        task.add_done_callback(partial(self._finished, answer))
 
     async def _finish(self, seq: int, answer: Awaitable[wire.Reply | None]) -> None:
         try:
@@ -134,8 +135,10 @@ class Connection(asyncio.Protocol):
         if reply is not None:
             self.send(reply)
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _finished(self, answer: Awaitable[wire.Reply | None], task: asyncio.Task[None]) -> None:
         self._unanswered.discard(task)
+        if isinstance(answer, Coroutine):  # which was never begun, where the client left at once
+            answer.close()
         if self._transport is not None and not self._over:
             self._hear()
 
