@@ -20,7 +20,7 @@ from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_directory import capacity_of
 from kvstore.tiers.ram import RamTier
 
-_NOT_OF_A_STORE = ("engine_", "tenant_", "daemon_")
+_NOT_OF_A_STORE = ("engine_", "tenant_", "client_", "daemon_")
 
 
 DIRECTORY_RAM_BYTES = 256 << 20  # of a store that is opened to work on its directory
@@ -98,6 +98,16 @@ def connect(
         return StoreClient(str(address), partial(SharedLink, address, timeout_s))
     tls = client_tls(ca, certificate, key)
     return StoreClient(str(address), StreamLinks(address, token, tls, timeout_s))
+
+
+def connect_to(url: str, settings: Settings) -> StoreClient:
+    """As `connect`; what a daemon elsewhere asks for is in the settings."""
+    if parse(url).path is not None:
+        return connect(url)
+    asked = settings.client
+    return connect(
+        url, token=asked.token, ca=asked.ca, certificate=asked.certificate, key=asked.key
+    )
 
 
 def _open_nvme(settings: Settings) -> NvmeTier | None:

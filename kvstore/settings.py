@@ -203,6 +203,28 @@ class TenantSettings(_Group):
     )
 
 
+class ClientSettings(_Group):
+    """For daemons elsewhere; one of this machine knows its user by the socket."""
+
+    token: str = Field(
+        default="",
+        repr=False,
+        max_length=1024,
+        description="What says who we are to the daemon behind kvstore://host:port.",
+    )
+    ca: Folder | None = Field(
+        default=None,
+        description="Certificates in PEM, one of which must have signed the daemon's; turns TLS "
+        "on.",
+    )
+    certificate: Folder | None = Field(
+        default=None, description="Our own certificate in PEM, where the daemon asks for one."
+    )
+    key: Folder | None = Field(
+        default=None, description="Its private key in PEM, where that is in a file of its own."
+    )
+
+
 class DaemonSettings(_Group):
     socket: Folder | None = Field(
         default=None,
@@ -290,7 +312,11 @@ class Settings(_Group):
     store: StoreSettings = StoreSettings()
     engine: EngineSettings = EngineSettings()
     tenant: TenantSettings = TenantSettings()
+    client: ClientSettings = ClientSettings()
     daemon: DaemonSettings = DaemonSettings()
+
+
+SECRETS = ("tenant.salt", "client.token")  # are not shown, nor repeated in errors
 
 
 class Spec(NamedTuple):

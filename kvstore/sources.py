@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from kvstore.errors import SettingsError
 from kvstore.machine import free_disk_bytes, memory_bytes
 from kvstore.quantities import format_size
-from kvstore.settings import Settings, Spec, specs
+from kvstore.settings import SECRETS, Settings, Spec, specs
 
 SPECS: Mapping[str, Spec] = {spec.key: spec for spec in specs()}
 _GROUPS = frozenset(key.partition(".")[0] for key in SPECS)
@@ -144,7 +144,7 @@ def _flatten(tables: Mapping[str, Any], origin: str) -> Layer:
 
 
 def _refused(key: str, given: Given) -> SettingsError:
-    shown = "" if key == "tenant.salt" else f" = {_shorten(given.value)}"
+    shown = "" if key in SECRETS else f" = {_shorten(given.value)}"
     return SettingsError(f"{given.origin}{shown}: must be {SPECS[key].accepts}")
 
 

@@ -24,6 +24,7 @@ from kvstore.cli.ls import ls
 from kvstore.cli.settings import settings
 from kvstore.cli.stat import stat
 from kvstore.cli.stdout import Stdout
+from kvstore.cli.token import token
 from kvstore.cli.top import top
 from kvstore.cli.transfer import export, import_
 from kvstore.cli.verify import verify
@@ -65,7 +66,7 @@ def cli() -> None:
 
 SECTIONS = {
     "Answers": (generate, chat, demo),
-    "Service": (daemon, settings),
+    "Service": (daemon, token, settings),
     "What a store holds": (stat, top, ls, explain, verify),
     "What it is to hold": (retain, evict, gc, export, import_),
 }

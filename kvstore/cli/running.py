@@ -83,7 +83,11 @@ def running_engine(settings: Settings) -> Iterator[Engine]:
         from kvstore.engine.engine import Engine
     from kvstore import compose
 
-    with compose.open(settings) if asked.store is None else compose.connect(asked.store) as store:
+    with (
+        compose.open(settings)
+        if asked.store is None
+        else compose.connect_to(asked.store, settings) as store
+    ):
         with progress(f"Loading {path.name}") as report:
             engine = Engine.from_pretrained(
                 path,

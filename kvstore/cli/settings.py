@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,7 +21,7 @@ def settings(settings: Settings, as_json: bool) -> None:
     """Show every setting, what it is now, and why it exists, as a TOML file.
 
     Flags come before the environment (KVSTORE_RAM__CAPACITY_BYTES), that before the
-    TOML file (--config), that before the defaults. A tenant's salt is not shown.
+    TOML file (--config), that before the defaults. Salt and token are not shown.
 
     \b
     kvstore settings > kvstore.toml
@@ -32,18 +32,15 @@ def settings(settings: Settings, as_json: bool) -> None:
         return
     from kvstore.cli.console import print_json
 
-    values = settings.model_dump(mode="json")
-    values["tenant"]["salt"] = None
-    print_json(values)
+    print_json(_values(settings))
 
 
 def show_settings(settings: Settings) -> None:
-    """As a TOML file on stdout. A tenant's salt is not shown."""
+    """As a TOML file on stdout. What is secret is not shown."""
     from kvstore.cli.console import show
     from kvstore.settings import specs
 
-    values = settings.model_dump(mode="json")
-    values["tenant"]["salt"] = None
+    values = _values(settings)
     lines = []
     above = None
     for spec in specs():
@@ -55,6 +52,17 @@ def show_settings(settings: Settings) -> None:
         value = values[group][name]
         lines += ["# " * (value is None) + f"{name} = {_toml(name, value)}", ""]
     show("\n".join(lines))
+
+
+def _values(settings: Settings) -> dict[str, dict[str, Any]]:
+    """By group and field; nothing of what is secret."""
+    from kvstore.settings import SECRETS
+
+    values = settings.model_dump(mode="json")
+    for secret in SECRETS:
+        group, _, name = secret.partition(".")
+        values[group][name] = None
+    return values
 
 
 def _toml(name: str, value: str | float | None) -> str:

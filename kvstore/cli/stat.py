@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def stat(place: Place, settings: Settings, as_json: bool) -> None:
     from kvstore.cli.console import print_json
 
-    report = directory_report(place) if place.url is None else daemon_report(place)
+    report = directory_report(place) if place.url is None else daemon_report(place, settings)
     if as_json:
         print_json(report)
     elif place.url is None:
@@ -62,11 +62,11 @@ def directory_report(place: Place) -> dict[str, Any]:
     }
 
 
-def daemon_report(place: Place) -> dict[str, Any]:
+def daemon_report(place: Place, settings: Settings) -> dict[str, Any]:
     """A daemon, as it describes itself."""
     from kvstore.client.inventory import ClientInventory
 
-    with connected(place) as client:
+    with connected(place, settings) as client:
         status = dict(ClientInventory(client).status())
         stats = client.stats().to_dict()
     namespaces = status.pop("namespaces")

@@ -130,14 +130,14 @@ def opened(place: Place, settings: Settings) -> Iterator[Opened]:
         with compose.open_directory(place.path, settings) as store:
             yield Opened(store, store.inventory, None)
         return
-    with connected(place) as client:
+    with connected(place, settings) as client:
         from kvstore.client.inventory import ClientInventory
 
         yield Opened(client, ClientInventory(client), client)
 
 
 @contextmanager
-def connected(place: Place) -> Iterator[StoreClient]:
+def connected(place: Place, settings: Settings) -> Iterator[StoreClient]:
     """A client of the daemon, which must answer: the commands end without it, and say so."""
     from kvstore import compose
 
@@ -146,7 +146,7 @@ def connected(place: Place) -> Iterator[StoreClient]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with compose.connect(str(place)) as client:
+        with compose.connect_to(str(place), settings) as client:
             client.check_connected()
             yield client
     finally:

@@ -57,7 +57,7 @@ def top(once: bool, interval: str, place: Place, settings: Settings, as_json: bo
         raise InputError("--json goes with --once")
     if not once and not (sys.stdin.isatty() and out.is_terminal):
         raise InputError("this needs a terminal; --once prints one look, wherever it goes")
-    with connected(place) as client:
+    with connected(place, settings) as client:
         looks = _looks(client, str(place))
         if not once:
             _watch(looks, interval_s)

@@ -118,7 +118,7 @@ def read_tokens(path: Path | None) -> list[TokenRecord]:
     records = []
     for number, entry in enumerate(entries, 1):
         try:
-            records.append(_record(entry))
+            records.append(checked_record(entry))
         except ValueError as error:
             raise SettingsError(f"{path}: token {number}: {error}") from None
     _check_agree(path, records)
@@ -170,8 +170,8 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
         raise SettingsError(f"{path}: open to others; close it: chmod 600 {path}")
 
 
-def _record(entry: Any) -> TokenRecord:
-    """Raises ValueError that says what is wrong with it. Never quotes a digest."""
+def checked_record(entry: Any) -> TokenRecord:
+    """An entry of the file. Raises ValueError that says what is wrong; never quotes a digest."""
     if not isinstance(entry, Mapping):
         raise ValueError("must be a table")
     unknown = sorted(set(entry) - set(_FIELDS))
