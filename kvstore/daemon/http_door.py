@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from importlib import resources
 from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -26,6 +27,7 @@ from kvstore.errors import ClosedError, SettingsError
 log = logging.getLogger(__name__)
 
 CONNECTIONS = 64  # at once; more are closed unheard
+IDLE_S = 30.0  # between two requests of one connection
 ENDING_S = 1.0  # for answers under way when the daemon ends
 HOTTEST = 10  # prefixes that are shown
 HALF_LIFE_S = 600.0  # of what a prefix has been served
@@ -45,7 +47,11 @@ class HttpDoor:
         self._history = History(service.store.stats())
         self._page = Page((resources.files("kvstore.daemon") / "static/index.html").read_text())
         self._runner = web.AppRunner(
-            self._application(), access_log=None, handle_signals=False, shutdown_timeout=ENDING_S
+            self._application(),
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=ENDING_S,
+            keepalive_timeout=IDLE_S,
         )
         self._timer: asyncio.TimerHandle | None = None
         self._server: asyncio.Server | None = None
@@ -177,7 +183,7 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     A page from elsewhere whose name was made to resolve to this machine must not read what
     is here, and a browser says which name it went to.
     """
-    if not _is_this_machine(request.url.host or ""):
+    if not _is_this_machine(request.headers.get("Host")):
         return web.Response(status=421, text="ask for this machine by a loopback address\n")
     try:
         response = await handler(request)
@@ -194,10 +200,11 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     return response
 
 
-def _is_this_machine(host: str) -> bool:
-    if host == "localhost":
+def _is_this_machine(host: str | None) -> bool:
+    if host is None:  # HTTP/1.0, which some probes speak, and no browser
         return True
     try:
-        return ip_address(host).is_loopback
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ip_address(name).is_loopback
     except ValueError:
         return False

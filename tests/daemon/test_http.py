@@ -16,7 +16,7 @@ import pytest
 
 from kvstore.client.client import StoreClient
 from kvstore.daemon import http_door
-from kvstore.daemon.history import STEPS, History
+from kvstore.daemon.history import STEP_S, STEPS, History
 from kvstore.daemon.http_door import HttpDoor, check_loopback
 from kvstore.daemon.listening import Endpoint, parse_endpoint
 from kvstore.errors import SettingsError
@@ -56,11 +56,16 @@ def ask(port: int, path: str, method: str = "GET", **headers: str) -> Reply:
 
 
 @pytest.fixture
-def port(daemon: Daemon) -> Iterator[int]:
-    """Of an HTTP door to `daemon`."""
+def door(daemon: Daemon) -> Iterator[HttpDoor]:
+    """To `daemon`, on a port of its own."""
     door = daemon.run(HttpDoor.open(daemon.service, Endpoint("127.0.0.1", 0)))
-    yield door.port
+    yield door
     daemon.run(door.close())
+
+
+@pytest.fixture
+def port(door: HttpDoor) -> int:
+    return door.port
 
 
 def port_of(process: DaemonProcess) -> int:
@@ -183,6 +188,25 @@ def test_history_keeps_the_last_steps(rig: Rig) -> None:
     assert columns["committed_bytes"] == [0] * (STEPS + 1)
 
 
+def test_time_goes_on(daemon: Daemon, door: HttpDoor, client: StoreClient) -> None:
+    """As every few seconds: another column of the chart, and old heat fades."""
+    put(client, chain(1))
+    put(client, chain(1, seed=1))
+    for seed, times in ((0, 3), (1, 1)):
+        for _ in range(times):
+            assert get(client, chain(1, seed=seed)) == 1
+    daemon.until(lambda: daemon.service.tenant_blocks["local"]["asked"] == 4)
+    for _ in range(round(2 * http_door.HALF_LIFE_S / STEP_S)):
+        daemon.call(door._step)
+    assert get(client, chain(1, seed=1)) == 1
+    daemon.until(lambda: daemon.service.tenant_blocks["local"]["asked"] == 5)
+    told = ask(door.port, "/api/status").data
+    assert told["history"]["ram"] == [0] * STEPS + [1]
+    assert [hot["share"] for hot in told["prefixes"]] == pytest.approx([1.25 / 2, 0.75 / 2])
+    daemon.store.close()
+    daemon.call(door._step)
+
+
 def test_metrics_as_prometheus_wants_them(port: int) -> None:
     reply = ask(port, "/metrics")
     assert reply.status == 200
@@ -226,10 +250,16 @@ def test_asked_for_by_a_name_of_this_machine(port: int, host: str) -> None:
     assert ask(port, "/healthz", Host=host).status == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "10.0.0.1", "localhost.evil.example", "x" * 99])
+@pytest.mark.parametrize("host", ["evil.example", "10.0.0.1", "localhost.evil.example", "[", ""])
 def test_no_page_elsewhere_can_read_it(port: int, host: str) -> None:
     """Its name may be made to resolve to this machine; a browser says the name all the same."""
     assert ask(port, "/api/status", Host=host).status == 421
+
+
+def test_a_probe_that_names_no_host(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as probe:
+        probe.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
+        assert probe.makefile("rb").read().startswith(b"HTTP/1.0 200")
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])

@@ -76,6 +76,7 @@ def traffic(store: StoreClient, seed: int, count: int = 150) -> Counter[str]:
         seen["asked"] += len(blocks)
         if served < len(blocks):
             seen["committed"] += put(store, blocks)
+            assert store.flush(PATIENCE_S)  # or all of RAM is pinned, until a slow drive has it
     return seen
 
 
