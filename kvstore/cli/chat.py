@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvstore.cli.options import ENGINE_FLAGS, settings_options
+from kvstore.cli.options import engine_options
 from kvstore.cli.sampling import sampling_options
 from kvstore.errors import InputError
 
@@ -29,7 +29,7 @@ COMMANDS = "/exit leaves, /reset starts afresh, /history shows what was said, /h
     "--system", metavar="TEXT", help="What the model is told first, in a new conversation."
 )
 @sampling_options
-@settings_options(*ENGINE_FLAGS)
+@engine_options
 def chat(name: str, system: str | None, sampling: dict[str, Any], settings: Settings) -> None:
     """Talk with a model. NAME is the conversation: it is saved after every answer,
     and the same name resumes it.

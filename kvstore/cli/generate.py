@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvstore.cli.options import ENGINE_FLAGS, json_option, settings_options
+from kvstore.cli.options import engine_options, json_option
 from kvstore.cli.prompt import chat_option, file_option, prompt_text
 from kvstore.cli.sampling import sampling_options
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @chat_option
 @click.option("-n", type=int, default=1, metavar="N", help="So many answers.")
 @sampling_options
-@settings_options(*ENGINE_FLAGS)
+@engine_options
 @json_option
 def generate(
     prompt: str | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -77,6 +78,8 @@ for commands in SECTIONS.values():
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end the process. Errors are one line on stderr, never a traceback."""
+    if logging.lastResort is not None:  # a warning is told as errors are
+        logging.lastResort.setFormatter(logging.Formatter("kvstore: %(message)s"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout = Stdout.over(sys.stdout)
     for number in ENDINGS:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from kvstore.errors import SettingsError
+
+if TYPE_CHECKING:
+    from kvstore.settings import Settings
+    from kvstore.sources import Given
 
 # The settings that have a flag of their own; `--set` reaches the others.
 FLAGS = {
@@ -28,6 +34,8 @@ FLAGS = {
     "daemon.log_format": ("--log-format", "FORMAT", "text, or json: one object a line."),
 }
 
+_OWN_STORE = ("ram.", "nvme.", "store.")  # settings of a store in the engine's process
+
 ENGINE_FLAGS = tuple(key for key in FLAGS if not key.startswith("daemon."))
 
 json_option = click.option(
@@ -35,8 +43,16 @@ json_option = click.option(
 )
 
 
-def settings_options(*keys: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command the flags of `keys`, `--config` and `--set`; it receives `settings`."""
+Check = Callable[["Settings", Mapping[str, "Given"]], None]  # of settings, and the flags given
+
+
+def settings_options(
+    *keys: str, check: Check | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the flags of `keys`, `--config` and `--set`; it receives `settings`.
+
+    `check` raises SettingsError for flags that make no sense together.
+    """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
@@ -49,7 +65,10 @@ def settings_options(*keys: str) -> Callable[[Callable[..., Any]], Callable[...,
                 value = options.pop(_parameter(key))
                 if value is not None:
                     flags[key] = sources.Given(value, FLAGS[key][0])
-            return command(*args, settings=sources.load(flags, config=config), **options)
+            settings = sources.load(flags, config=config)
+            if check is not None:
+                check(settings, flags)
+            return command(*args, settings=settings, **options)
 
         decorated: Callable[..., Any] = with_settings
         for option in reversed([*map(_option, keys), _config, _assignments]):
@@ -57,6 +76,24 @@ def settings_options(*keys: str) -> Callable[[Callable[..., Any]], Callable[...,
         return decorated
 
     return decorate
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """All flags of an engine, over a store of its own or over a daemon's."""
+    return settings_options(*ENGINE_FLAGS, check=_one_store)(command)
+
+
+def _one_store(settings: Settings, flags: Mapping[str, Given]) -> None:
+    """A daemon's tiers are not the engine's to choose, and what is dropped should be said."""
+    if settings.engine.store is None:
+        return
+    own = [given.origin for key, given in flags.items() if key.startswith(_OWN_STORE)]
+    if own:
+        named = "--store" if "engine.store" in flags else f"engine.store {settings.engine.store}"
+        raise SettingsError(
+            f"{own[0]} and {named} do not go together: the daemon has tiers of its own, and is "
+            "given their sizes when it starts"
+        )
 
 
 _config = click.option(

@@ -28,16 +28,16 @@ def parse(url: str) -> Address:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise _refused(url, str(error)) from None
+        raise _refused(url, f" ({error})") from None
     extra = parts.username or parts.password or parts.query or parts.fragment
     if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/") and not extra:
         return Address(Path(parts.path))
     if parts.scheme == "kvstore" and parts.hostname and parts.path in ("", "/") and not extra:
         return Address(None, parts.hostname, DATA_PORT if port is None else port)
-    raise _refused(url, "it is neither")
+    raise _refused(url)
 
 
-def _refused(url: str, why: str) -> SettingsError:
+def _refused(url: str, why: str = "") -> SettingsError:
     return SettingsError(
-        f"{url!r} names no daemon ({why}): give unix:///path/to/socket or kvstore://host:port"
+        f"{url!r} names no daemon{why}: give unix:///path/to/socket or kvstore://host:port"
     )

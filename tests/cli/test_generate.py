@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.cli.commands import Done, environment
+from tests.cli.commands import Done, environment, kvstore
+from tests.cli.test_bad_input import refused
+from tests.daemon.doors import DaemonProcess
 
 PROMPT = "It was a dark and stormy night; the rain fell in torrents. " * 4
 
@@ -109,3 +111,55 @@ def test_progress_goes_to_a_terminal_and_json_to_stdout(home: Path, model: Path)
     assert Done(0, done.stdout.decode(), "").data["usage"]["completion_tokens"] == 2
     assert "Loading tiny" in shown
     assert "Reading the prompt" in shown
+
+
+def test_through_a_daemon(
+    generate: Callable[..., Done], model: Path, home: Path, tmp_path: Path
+) -> None:
+    """The next command finds what was computed in the daemon's RAM, also in a terminal."""
+    with DaemonProcess(tmp_path, "--ram-bytes", "16 MiB") as process:
+        store = ("--store", process.url)
+        first, second = generate(PROMPT, *store, "--json"), generate(PROMPT, *store, "--json")
+        assert came_from(first)["recomputed"] == len(PROMPT)
+        assert came_from(second)["ram"] == (len(PROMPT) - 1) // 16 * 16
+        assert second.data["completions"] == first.data["completions"]
+        assert first.stderr == second.stderr == ""
+        chat = ("chat", "ada", "--model", str(model), "--max-tokens", "2", *store)
+        assert kvstore(home, *chat, stdin=PROMPT).status == 0
+        process.kill()
+        assert generate(PROMPT, *store).stdout == generate(PROMPT).stdout
+
+
+def test_a_daemon_that_is_away(home: Path, model: Path) -> None:
+    """A line that says so, and the answer all the same."""
+    asked = ("--model", str(model), "--max-tokens", "6", "--store", "unix:///nowhere")
+    warning = (
+        "kvstore: unix:///nowhere cannot be reached: [Errno 2] No such file or directory; "
+        "going on without it\n"
+    )
+    done = kvstore(home, "generate", PROMPT, *asked, "--json")
+    assert (done.status, done.stderr) == (0, warning)
+    assert came_from(done)["recomputed"] == len(PROMPT)
+    talked = kvstore(home, "chat", *asked, stdin="hello\n")
+    assert (talked.status, talked.stderr) == (0, warning)
+
+
+def test_a_daemon_and_a_store_of_its_own(here: Callable[..., Done], home: Path) -> None:
+    url = "unix:///run/kvstore.sock"
+    for flag in ("--ram-bytes", "--nvme-bytes"):
+        done = here("generate", "hello", "--store", url, flag, "1 GiB")
+        refused(done, f"{flag} and --store do not go together: the daemon has tiers of its own")
+    refused(here("chat", "--store", url, "--nvme-path", "x"), "--nvme-path and --store do not go")
+    refused(here("generate", "hi", "--store", url, "--set", "store.verify=always"), "store.verify")
+    (home / "kvstore.toml").write_text(f'[engine]\nstore = "{url}"\n[nvme]\npath = "x"\n')
+    refused(
+        here("generate", "hi", "--ram-bytes", "1 GiB"), f"--ram-bytes and engine.store {url} do"
+    )
+    # A file may be the daemon's as well as its clients'.
+    refused(here("generate", "hi"), "which model?")
+
+
+def test_what_names_no_daemon(here: Callable[..., Done], model: Path) -> None:
+    for url in ("unix://run/x", "http://localhost", "", "kvstore://", "kvstore://h:70000"):
+        done = here("generate", "hi", "--model", model, "--store", url)
+        refused(done, f"{url!r} names no daemon", "give unix:///path/to/socket or kvstore://host")

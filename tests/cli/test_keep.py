@@ -135,7 +135,7 @@ def test_gc_drops_damaged_records(here: Callable[..., Done], blocks: Path) -> No
         with env.begin(write=True, db=records) as txn:
             keys = list(txn.cursor().iternext(values=False))
             for key in keys[:2]:
-                record = bytearray(txn.get(key))
+                record = bytearray(txn.get(key) or b"")
                 record[40] ^= 1
                 txn.put(key, bytes(record))
     assert here("verify", blocks).status == 1
