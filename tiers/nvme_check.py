@@ -36,7 +36,7 @@ def check_blocks(slab: Slab, keys: Sequence[Key], now_s: float) -> Checked:
         with slab.lock:
             table.condemn(rows[place] for place in broken)
             condemned = table.unpin(pinned, now_s)
-            slab.counters["misses_checksum"] += len(broken)
+            slab.counters["damaged_blocks"] += len(broken)
         slab.release(condemned)
     stored_bytes = sum(record.stored_bytes for record in records)
     return Checked(len(records), stored_bytes, [records[place].key for place in broken])

@@ -62,6 +62,8 @@ def cli() -> None:
     kvstore generate --model smollm2 --chat "Hello"   one answer
     kvstore chat --model smollm2                      a conversation that can be resumed
     kvstore ls ~/.cache/kvstore/blocks                what an NVMe directory holds
+    kvstore daemon --ram-bytes 8GiB                   one cache for all engines of a machine
+    kvstore top                                       watch it
     """
 
 
