@@ -1,38 +1,33 @@
-"""Certificates for tests: an authority, and what it has signed."""
+"""Certificates for a test, made by openssl: an authority of our own and what it has signed."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
-
-class Signed(NamedTuple):
-    """A certificate and its key, in PEM."""
-
-    certificate: Path
-    key: Path
+_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc")
 
 
 class Authority:
-    """Signs certificates for 127.0.0.1."""
+    """In a folder: `ca.pem`, and for each name that is signed `NAME.pem` and `NAME.key`."""
 
-    def __init__(self, folder: Path, name: str = "authority") -> None:
-        self._folder, self._name = folder, name
-        self._own = self._signed(name, "-x509", "-addext", "basicConstraints=critical,CA:true")
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self.ca = folder / "ca.pem"
+        subject = ("-subj", f"/CN=authority of {folder.name}")
+        _openssl("req", "-x509", *_KEY, "-keyout", folder / "ca.key", "-out", self.ca, *subject)
 
-    @property
-    def certificate(self) -> Path:
-        return self._own.certificate
+    def sign(self, name: str, host: str = "127.0.0.1") -> tuple[Path, Path]:
+        """A certificate for an IP address, and its key."""
+        certificate, key = self._folder / f"{name}.pem", self._folder / f"{name}.key"
+        _openssl(
+            *("req", "-x509", *_KEY, "-keyout", key, "-out", certificate, "-subj", f"/CN={name}"),
+            *("-CA", self.ca, "-CAkey", self._folder / "ca.key"),
+            *("-addext", f"subjectAltName=IP:{host}", "-addext", "basicConstraints=CA:FALSE"),
+        )
+        return certificate, key
 
-    def sign(self, name: str) -> Signed:
-        by = ("-CA", str(self._own.certificate), "-CAkey", str(self._own.key))
-        return self._signed(name, "-x509", *by, "-addext", "subjectAltName=IP:127.0.0.1")
 
-    def _signed(self, name: str, *options: str) -> Signed:
-        certificate, key = (self._folder / f"{self._name}-{name}.{end}" for end in ("pem", "key"))
-        curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-        files = ("-out", str(certificate), "-keyout", str(key), "-subj", f"/CN={name}")
-        command = ["openssl", "req", *curve, *files, "-days", "2", *options]
-        subprocess.run(command, check=True, capture_output=True)
-        return Signed(certificate, key)
+def _openssl(*args: object) -> None:
+    subprocess.run(["openssl", *map(str, args)], check=True, capture_output=True)
