@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kvstore
 from kvstore.connectors.accounts import Usage
 from kvstore.connectors.connector import SAVES_BEHIND, Connector, Found, Saved
 from kvstore.connectors.convert import Pages
@@ -24,6 +25,7 @@ from kvstore.store import BlockStore
 from kvstore.tier import Miss
 from kvstore.verbs import Store
 from tests.connectors.pages import random_tensors, slow_block
+from tests.daemon.doors import Daemon
 from tests.store.rig import Rig, RunningClock
 
 NAMESPACE = Namespace("tiny", "weights", "tokenizer", "bfloat16", 2, 4, 2, 16, "rope")
@@ -337,6 +339,52 @@ def test_a_closed_store_is_a_miss_said_once(
             assert connector.save(TOKENS, TABLE, source.pages) == Saved(0, 0, 12)
     assert len(caplog.records) == 4  # one for each of the verbs
     assert connector.stats().counters["store_errors"] == 13
+
+
+def test_a_daemon_that_dies_is_a_miss(
+    block_store: BlockStore, source: Memory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, and without an error, whatever was under way; what was read stays right."""
+    daemon = Daemon(block_store, tmp_path / "kvstore.sock")
+    with daemon, daemon.connect() as client:
+        connector = Connector(client, NAMESPACE)
+        connector.save(TOKENS, TABLE, source.pages)
+        target = Memory(seed=1)
+        begun = connector.load(TOKENS, TABLE, target.pages)
+        daemon.close()
+        assert begun.wait()
+        loaded = begun.loaded_tokens
+        assert target.kv(TABLE, loaded) == source.kv(TABLE, loaded)
+        with caplog.at_level(logging.CRITICAL):  # the client says once that it is away
+            assert connector.lookup(TOKENS) == Found(0, 0)
+            load = connector.load(TOKENS, TABLE, target.pages, stop_token=192)
+            assert load.wait()
+            assert load.outcomes == [Miss.ABSENT] * 12
+            assert connector.save(TOKENS, TABLE, source.pages) == Saved(0, 0, 12)
+            assert connector.save_behind(TOKENS, TABLE, source.pages).result() == Saved(0, 0, 12)
+        connector.close()
+        assert "store_errors" not in connector.stats().counters
+
+
+def test_damaged_blocks_are_recomputed(source: Memory, tmp_path: Path) -> None:
+    """Bits that flip on the disk: the load ends before them, with the reason."""
+    sizes = {"ram_bytes": "1 MiB", "nvme_path": tmp_path, "nvme_bytes": "16 MiB"}
+    with kvstore.open(**sizes) as store:
+        Connector(store, NAMESPACE).save(TOKENS, TABLE, source.pages)
+        assert store.flush(30)
+    block = source.kv(TABLE, range(64, 80))
+    (slab,) = [file for file in tmp_path.iterdir() if file.is_file() and block in file.read_bytes()]
+    with slab.open("r+b") as file:
+        file.seek(slab.read_bytes().index(block) + len(block) // 2)
+        file.write(b"damage")
+    with kvstore.open(**sizes) as store:
+        connector = Connector(store, NAMESPACE)
+        target = Memory(seed=1)
+        load = connector.load(TOKENS, TABLE, target.pages, stop_token=192)
+        assert load.wait()
+        assert load.outcomes == [None] * 4 + [Miss.CHECKSUM] * 8
+        assert target.kv(TABLE, range(64)) == source.kv(TABLE, range(64))
+        assert connector.stats().misses == {"checksum": 8}
 
 
 def test_a_full_store_refuses(source: Memory) -> None:
