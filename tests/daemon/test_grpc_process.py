@@ -58,24 +58,21 @@ def test_after_a_kill_it_has_what_was_on_nvme(make_process: MakeProcess) -> None
         assert remote.get(chain(2, seed=1)).blocks == 0
 
 
+def shown(certificate: Path, key: Path) -> dict[str, bytes]:
+    return {"private_key": key.read_bytes(), "certificate_chain": certificate.read_bytes()}
+
+
 def test_tls_and_tokens_as_the_settings_say(make_process: MakeProcess, tmp_path: Path) -> None:
-    ours, theirs = Authority(tmp_path), Authority(tmp_path, "others")
-    server, client, stranger = ours.sign("server"), ours.sign("client"), theirs.sign("client")
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    certificate, key = ours.sign("server")
     tokens = tmp_path / "tokens.toml"
     tokens.write_text(TOKENS.format(digest=digest_of("sesame")))
     tokens.chmod(0o600)
-    tls = {"certificate": server.certificate, "key": server.key, "client_ca": ours.certificate}
+    tls = {"certificate": certificate, "key": key, "client_ca": ours.ca}
     flags = [f"--set=daemon.tls_{name}={path}" for name, path in tls.items()]
     process = make_process("--grpc", "127.0.0.1:0", "--tokens", str(tokens), *flags)
-    root = {"root_certificates": ours.certificate.read_bytes()}
-    own = {
-        "private_key": client.key.read_bytes(),
-        "certificate_chain": client.certificate.read_bytes(),
-    }
-    bad = {
-        "private_key": stranger.key.read_bytes(),
-        "certificate_chain": stranger.certificate.read_bytes(),
-    }
+    root = {"root_certificates": ours.ca.read_bytes()}
+    own, others = shown(*ours.sign("client")), shown(*theirs.sign("client"))
 
     def code(token: str, **credentials: bytes) -> grpc.StatusCode:
         with GrpcClient(address_of(process), token, **credentials) as remote:
@@ -90,8 +87,8 @@ def test_tls_and_tokens_as_the_settings_say(make_process: MakeProcess, tmp_path:
     assert code("other", **root, **own) is grpc.StatusCode.UNAUTHENTICATED
     assert code("sesame") is grpc.StatusCode.UNAVAILABLE  # not encrypted
     assert code("sesame", **root) is grpc.StatusCode.UNAVAILABLE  # no certificate
-    assert code("sesame", **root, **bad) is grpc.StatusCode.UNAVAILABLE  # one of another's
-    assert code("sesame", root_certificates=theirs.certificate.read_bytes()) is (
+    assert code("sesame", **root, **others) is grpc.StatusCode.UNAVAILABLE  # one of another's
+    assert code("sesame", root_certificates=theirs.ca.read_bytes()) is (
         grpc.StatusCode.UNAVAILABLE  # the client does not trust the daemon
     )
     assert "sesame" not in process.log
