@@ -88,7 +88,7 @@ def test_tls_and_tokens_as_the_settings_say(make_process: MakeProcess, tmp_path:
     assert code("sesame") is grpc.StatusCode.UNAVAILABLE  # not encrypted
     assert code("sesame", **root) is grpc.StatusCode.UNAVAILABLE  # no certificate
     assert code("sesame", **root, **others) is grpc.StatusCode.UNAVAILABLE  # one of another's
-    assert code("sesame", root_certificates=theirs.ca.read_bytes()) is (
+    assert code("sesame", root_certificates=theirs.ca.read_bytes(), **own) is (
         grpc.StatusCode.UNAVAILABLE  # the client does not trust the daemon
     )
     assert "sesame" not in process.log
