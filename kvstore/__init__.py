@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvstore.client.client import StoreClient
     from kvstore.compose import connect, open
     from kvstore.engine.engine import Engine
+    from kvstore.engine.naming import model_namespace
     from kvstore.hashing import Chain, TokenChain
     from kvstore.identity import Namespace
     from kvstore.retention import Retention
@@ -31,6 +32,7 @@ _MODULE_OF = {
     "TokenChain": "kvstore.hashing",
     "__version__": "kvstore.version",
     "connect": "kvstore.compose",
+    "model_namespace": "kvstore.engine.naming",
     "open": "kvstore.compose",
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "TokenChain",
     "connect",
     "errors",
+    "model_namespace",
     "open",
 ]
 

@@ -34,6 +34,17 @@ def namespace_of(
     )
 
 
+def model_namespace(
+    path: str | Path, *, dtype: str = "auto", block_tokens: int = 16, salt: str = ""
+) -> Namespace:
+    """What an engine would store the blocks of the model at `path` under: for others to share them.
+
+    A Hugging Face folder or a GGUF file. Loads no weights; blocks for a second. Raises
+    ModelError.
+    """
+    return namespace_of(describe(path), torch_dtype(dtype), block_tokens=block_tokens, salt=salt)
+
+
 class NamedPrompt(NamedTuple):
     """A prompt's tokens, and the keys under which an engine stores their full blocks."""
 

@@ -46,14 +46,18 @@ def test_each_reads_the_other(folder: Path) -> None:
 
     with kvstore.open(ram_bytes="8 MiB") as store, engine_over(store, folder) as engine:
         engine.generate([PROMPT], PARAMS)
-        cache = PrefixCache(model, store, namespace=engine.namespace)
+        namespace = kvstore.model_namespace(folder, dtype="float32")
+        assert namespace == engine.namespace
+        cache = PrefixCache(model, store, namespace=namespace)
         assert cache.generate(asked, **greedy)[0, len(PROMPT) :].tolist() == their_cold
         stats = cache.stats()
         assert stats is not None
         assert stats.usage == Usage(ram_tokens=full, recomputed_tokens=len(PROMPT) - full)
 
     with kvstore.open(ram_bytes="8 MiB") as store, engine_over(store, folder) as engine:
-        cache = PrefixCache(model, store, namespace=engine.namespace)
+        cache = PrefixCache(
+            model, store, namespace=kvstore.model_namespace(folder, dtype="float32")
+        )
         cache.generate(asked, **greedy)
         output = engine.generate([PROMPT], PARAMS)[0]
         assert list(output.token_ids) == our_cold
