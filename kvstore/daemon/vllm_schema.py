@@ -1,7 +1,8 @@
 """Events as vLLM publishes its own: the messages of `vllm.distributed.kv_events`, 0.32 and 0.33.
 
 A batch is a msgpack array, an event in it a map with its type under "type". What stands at
-its default is left out, from the end of an array and anywhere in a map.
+its default is left out, from the end of an array and anywhere in a map; so is the one field
+that 0.33 has beyond those of 0.32, `lookahead_token_ids`.
 """
 
 from __future__ import annotations

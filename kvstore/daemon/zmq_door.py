@@ -147,8 +147,10 @@ class ZmqDoor:
 
 def _bind(context: zmq.asyncio.Context, kind: int, address: str, origin: str) -> zmq.asyncio.Socket:
     socket = context.socket(kind)
-    # Of a replay all must fit, or ROUTER would drop the rest in silence.
-    socket.setsockopt(zmq.SNDHWM, QUEUED_BATCHES if kind == zmq.PUB else REPLAYED_BATCHES + 1)
+    # A whole replay must fit, or ROUTER would drop the rest in silence; and a reader's pace is
+    # only known to within half the limit, so twice that.
+    limit = QUEUED_BATCHES if kind == zmq.PUB else 2 * (REPLAYED_BATCHES + 1)
+    socket.setsockopt(zmq.SNDHWM, limit)
     scheme, _, place = address.partition("://")
     if scheme == "tcp" and not is_loopback(place.rpartition(":")[0].strip("[]")):
         log.warning("%s: whoever reaches %s learns which blocks are held", origin, address)

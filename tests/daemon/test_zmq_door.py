@@ -222,6 +222,7 @@ def test_a_publisher_that_falls_behind_begins_anew(
 def test_a_request_that_makes_no_sense_is_no_end(rig: Rig, daemon: Daemon, tmp_path: Path) -> None:
     with publishing(daemon, tmp_path) as (publish, replay), Router(publish, replay) as router:
         with zmq.Context() as context, context.socket(zmq.DEALER) as asking:
+            asking.setsockopt(zmq.LINGER, 0)
             asking.connect(replay)
             for frames in ([b"what?"], [b"", b"short"], [b"", b"", b"", b""]):
                 asking.send_multipart(frames)

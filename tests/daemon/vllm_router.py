@@ -18,7 +18,7 @@ END = b"\xff" * 8
 
 
 class Stored(msgspec.Struct, tag="BlockStored", forbid_unknown_fields=True):
-    """`vllm.distributed.kv_events.BlockStored` of vLLM 0.32 and 0.33, field for field."""
+    """`vllm.distributed.kv_events.BlockStored` of vLLM 0.32, field for field; 0.33 has one more."""
 
     block_hashes: list[bytes | int]
     parent_block_hash: bytes | int | None
@@ -85,8 +85,9 @@ class Router:
     def replayed(self, first: int) -> list[tuple[int, bytes]]:
         """What is sent again from number `first` on."""
         assert self._replay is not None
-        found = []
+        found: list[tuple[int, bytes]] = []
         with self._context.socket(zmq.DEALER) as asking:
+            asking.setsockopt(zmq.LINGER, 0)
             asking.connect(self._replay)
             asking.send_multipart([b"", first.to_bytes(8)])
             while True:
