@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 
 from kvstore import wire
 from kvstore.daemon.conversation import Conversation, failed
@@ -42,7 +43,7 @@ class Answering:
         if isinstance(answer, Awaitable):
             task = asyncio.get_running_loop().create_task(self._finish(seq, answer))
             self._unanswered.add(task)
-            task.add_done_callback(self._finished)
+            task.add_done_callback(partial(self._finished, answer))
             return
         if answer is not None:
             self._send(answer)
@@ -61,8 +62,10 @@ class Answering:
         if reply is not None:
             self._send(reply)
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _finished(self, answer: Awaitable[wire.Reply | None], task: asyncio.Task[None]) -> None:
         self._unanswered.discard(task)
+        if isinstance(answer, Coroutine):  # which was never begun, where the client left at once
+            answer.close()
         self._done()
 
 

@@ -21,6 +21,7 @@ from kvstore.version import __version__
 
 log = logging.getLogger(__name__)
 
+PAUSE_S = 0.1  # where no more connections can be had
 HELLO_S = 5.0  # a client that has not said hello by then is sent away
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 
@@ -34,30 +35,43 @@ class LocalDoor:
         self._path = path
         self._greetings: set[asyncio.Task[None]] = set()
         self._connections: set[Connection] = set()
-        self._accepting = asyncio.get_running_loop().create_task(self._accept())
+        self._loop = asyncio.get_running_loop()
+        self._pause: asyncio.TimerHandle | None = None
+        self._listen()
 
     async def close(self) -> None:
         """End every connection. Clients keep the memory that they have mapped."""
-        tasks = [self._accepting, *self._greetings]
-        for task in tasks:
+        if self._pause is not None:
+            self._pause.cancel()
+        self._loop.remove_reader(self._path.socket)
+        self._path.stop_listening()
+        for task in self._greetings:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._greetings, return_exceptions=True)
         for connection in list(self._connections):
             connection.close()
         await asyncio.gather(*(connection.closed for connection in list(self._connections)))
 
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                client, _ = await loop.sock_accept(self._path.socket)
-            except OSError as error:  # no descriptors left: others may give theirs back
-                log.warning("no connection can be accepted: %s", error)
-                await asyncio.sleep(0.1)
-                continue
-            task = loop.create_task(self._greet(client))
-            self._greetings.add(task)
-            task.add_done_callback(self._greetings.discard)
+    def _listen(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._path.socket, self._accept)
+
+    def _accept(self) -> None:
+        """Let in who stands before the door."""
+        try:
+            client, _ = self._path.socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # he has gone again
+            return
+        except OSError as error:  # no descriptors left: others may give theirs back
+            log.warning("no connection can be accepted: %s", error)
+            self._loop.remove_reader(self._path.socket)
+            self._pause = self._loop.call_later(PAUSE_S, self._listen)
+            return
+        task = self._loop.create_task(self._greet(client))
+        self._greetings.add(task)
+        task.add_done_callback(self._greetings.discard)
+        # Here, for a task that is cancelled before it begins does nothing at all.
+        task.add_done_callback(lambda task: client.close() if task.cancelled() else None)
 
     async def _greet(self, client: socket.socket) -> None:
         """Who is it, and do we understand each other? Then the arena, and a conversation."""
@@ -82,9 +96,6 @@ class LocalDoor:
             client.close()
         except (OSError, TimeoutError):
             client.close()
-        except asyncio.CancelledError:
-            client.close()
-            raise
         finally:
             if session is not None:
                 self._service.end(session)
@@ -101,7 +112,7 @@ class LocalDoor:
         )
         self._connections.add(connection)
         connection.closed.add_done_callback(lambda _: self._connections.discard(connection))
-        await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, client)
+        await self._loop.connect_accepted_socket(lambda: connection, client)
 
 
 async def read_hello(client: socket.socket) -> wire.Hello:

@@ -85,11 +85,11 @@ class Service:
                 await self._flushing.acquire()
         except TimeoutError:
             return False
-        try:
-            left_s = max(0.0, until_s - self._loop.time())
-            return await asyncio.to_thread(self.store.flush, left_s)
-        finally:
-            self._flushing.release()
+        left_s = max(0.0, until_s - self._loop.time())
+        flushing = asyncio.ensure_future(asyncio.to_thread(self.store.flush, left_s))
+        # Its thread is taken until it is done, whether or not anyone still waits for it.
+        flushing.add_done_callback(lambda _: self._flushing.release())
+        return await asyncio.shield(flushing)
 
     def count_served(self, tenant: Tenant, held: Leased) -> None:
         """asked = ram hits + nvme hits + misses by reason, for each tenant."""

@@ -61,11 +61,16 @@ class SocketPath:
                 text = f"no socket can be made there: {error.strerror}"
             raise DirectoryError(f"{path}: {text}") from None
 
+    def stop_listening(self) -> None:
+        """Whoever comes now hears at once that nobody is there; the place stays ours."""
+        if self.socket.fileno() >= 0:
+            self.socket.close()
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
     def close(self) -> None:
         """The lock's file stays: removing it would let two others each lock one of that name."""
-        self.socket.close()
-        with contextlib.suppress(OSError):
-            self.path.unlink()
+        self.stop_listening()
         os.close(self._lock)
 
 

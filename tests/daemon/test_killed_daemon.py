@@ -18,7 +18,7 @@ from tests.daemon.doors import DaemonProcess
 from tests.daemon.victim import work
 from tests.kill.test_kill import holders
 from tests.kill.victims import spin
-from tests.store.rig import PATIENCE_S, chain, get, put
+from tests.store.rig import PATIENCE_S, chain, check_bytes, get, put
 
 KILLS = 5
 CLIENTS = 3
@@ -95,6 +95,32 @@ def campaign(make_process: MakeProcess, seed: int) -> None:
             worker.end()
     assert holders(inodes) == []
     assert process.end() == 0
+
+
+def test_told_to_end_under_load(make_process: MakeProcess) -> None:
+    """With leases, slots and fills under way: it ends as it should, and has written everything."""
+    process = make_process()
+    workers = [Worker(process.connect(), number) for number in range(CLIENTS)]
+    try:
+        with process.connect() as client:
+            put(client, chain(8, seed=900))
+            held, reservation = client.acquire(chain(8, seed=900)), client.reserve(chain(2, 901))
+            for worker in workers:
+                worker.has_worked()
+            assert process.end() == 0
+            assert check_bytes(held, chain(8, seed=900)) == 8
+            assert reservation.commit() == 0
+            held.release()
+            for worker in workers:
+                worker.has_worked()
+        again = make_process()
+        until_connected(workers)
+        with again.connect() as client:
+            assert client.probe(chain(8, seed=900)).tiers == ["nvme"] * 8
+            assert get(client, chain(8, seed=900)) == 8
+    finally:
+        for worker in workers:
+            worker.end()
 
 
 def put_on_nvme(process: DaemonProcess, known: Chain) -> None:

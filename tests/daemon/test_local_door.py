@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +97,38 @@ def test_no_more_clients_than_allowed(daemon: Daemon) -> None:
         other.close()
         daemon.until(lambda: len(daemon.service.sessions) == 1)
         others_are_served(daemon)
+
+
+def test_the_door_closes_on_whoever_has_come_so_far(daemon: Daemon) -> None:
+    """Not greeted yet, half through hello, connected: all are told, and nobody is waited for."""
+    with RawClient(daemon, hello=b"") as silent, RawClient(daemon, hello=b"") as halting:
+        halting.send(wire.encode(HELLO)[:3])
+        with RawClient(daemon) as connected, RawClient(daemon, hello=b"") as late:
+            late.send(wire.encode(HELLO))
+            daemon.close()
+            for each in (silent, halting, connected):
+                assert each.hear() is None
+            while late.hear() is not None:
+                pass
+    assert not daemon.service.sessions
+
+
+def test_who_cannot_be_let_in_now_is_later(daemon: Daemon, client: StoreClient) -> None:
+    """No descriptors are left for a new connection; those who are in go on."""
+    assert put(client, chain(2)) == 2
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    waiting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with waiting:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (waiting.fileno() + 1, limits[1]))
+        try:
+            waiting.connect(daemon.url.removeprefix("unix://"))
+            daemon.until(lambda: daemon.door._pause is not None)
+            assert get(client, chain(2)) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        waiting.sendall(wire.encode(HELLO))
+        assert len(waiting.recv(100)) > 0
+    others_are_served(daemon)
 
 
 # ---- frames
