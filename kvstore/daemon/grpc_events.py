@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Collection, Iterator
 import grpc
 
 from kvstore.daemon import grpc_messages as messages
-from kvstore.daemon.following import follow
+from kvstore.daemon.following import Following
 from kvstore.daemon.grpc_calls import Calls, Context
 from kvstore.daemon.service import Service
 from kvstore.daemon.session import Session
@@ -38,6 +38,7 @@ class EventsServicer(events_pb2_grpc.EventsServicer):
     def __init__(self, service: Service, calls: Calls) -> None:
         self._service = service
         self._calls = calls
+        self._following = Following(service.store.feed)
 
     async def Subscribe(
         self, request: pb.SubscribeRequest, context: Context
@@ -57,7 +58,7 @@ class EventsServicer(events_pb2_grpc.EventsServicer):
                 complete_id = feed.last_id
                 if complete_id == after_id:
                     yield _at(feed, after_id, pb.SubscribeReply(complete=pb.Complete()))
-            async with contextlib.aclosing(follow(feed, after_id)) as batches:
+            async with contextlib.aclosing(self._following.read(after_id)) as batches:
                 async for batch in batches:
                     for number, event in batch:
                         parts = list(_parts(event, wanted))

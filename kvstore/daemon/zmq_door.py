@@ -13,13 +13,14 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from kvstore.daemon.following import follow
+from kvstore.daemon.following import Following
 from kvstore.daemon.listening import is_loopback
 from kvstore.daemon.service import Service
 from kvstore.daemon.vllm_schema import KVEventBatch, translate
@@ -48,6 +49,7 @@ class ZmqDoor:
         """
         self._store = service.store
         self._store.feed.start(service.limits.event_log_blocks)
+        self._following = Following(self._store.feed)
         self._namespaces: dict[bytes, Namespace] = {}
         self._looked_up: set[bytes] = set()
         self._sent: deque[tuple[bytes, bytes]] = deque()  # number, payload
@@ -64,9 +66,9 @@ class ZmqDoor:
         except SettingsError:
             self._context.destroy(linger=0)
             raise
-        self._tasks = [asyncio.create_task(self._publish())]
+        self._tasks = [asyncio.create_task(_logged(self._publish()))]
         if self._replayer is not None:
-            self._tasks.append(asyncio.create_task(self._replay(self._replayer)))
+            self._tasks.append(asyncio.create_task(_logged(self._replay(self._replayer))))
 
     @property
     def address(self) -> str:
@@ -85,15 +87,11 @@ class ZmqDoor:
         await asyncio.to_thread(self._context.term)  # waits for what lingers
 
     async def _publish(self) -> None:
-        try:
-            while True:
-                with contextlib.suppress(FallenBehindError):
-                    await self._publish_all()
-                    return
-                log.warning("KV events: more happens than can be published; beginning anew")
-        except Exception:
-            log.exception("KV events are no longer published")
-            raise
+        while True:
+            with contextlib.suppress(FallenBehindError):
+                await self._publish_all()
+                return
+            log.warning("KV events: more happens than can be published; beginning anew")
 
     async def _publish_all(self) -> None:
         """What is held, and then what happens. Raises FallenBehindError."""
@@ -101,7 +99,7 @@ class ZmqDoor:
         await self._send([Cleared()])  # what subscribers knew of may be gone
         while held:
             await self._send([held.popleft()])
-        async with contextlib.aclosing(follow(self._store.feed, last_id)) as batches:
+        async with contextlib.aclosing(self._following.read(last_id)) as batches:
             async for batch in batches:
                 await self._send([event for _, event in batch])
 
@@ -143,6 +141,13 @@ class ZmqDoor:
                     await replayer.send_multipart([who, b"", TOPIC, number, payload])
                     await asyncio.sleep(0)
             await replayer.send_multipart([who, b"", b"", END, b""])
+
+
+async def _logged(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    except Exception:
+        log.exception("KV events are no longer published")
 
 
 def _bind(context: zmq.asyncio.Context, kind: int, address: str, origin: str) -> zmq.asyncio.Socket:

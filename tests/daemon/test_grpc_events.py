@@ -204,6 +204,15 @@ def test_who_reads_too_slowly_is_cut_off(rig: Rig, remote: GrpcClient) -> None:
     assert "take a snapshot" in str(error.details())
 
 
+def test_many_subscribers_cost_a_writer_no_more_than_one(rig: Rig, remote: GrpcClient) -> None:
+    subscribers = [Subscriber(remote).begin() for _ in range(20)]
+    assert len(rig.store.feed._wakes) == 1
+    put(rig.store, chain(5))
+    for subscriber in subscribers:
+        agree(rig, subscriber)
+        subscriber.call.cancel()
+
+
 def test_a_large_event_comes_in_parts(
     rig: Rig, remote: GrpcClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
