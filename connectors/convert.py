@@ -64,7 +64,10 @@ class Pages:
         if len(tensors) != layout.tensors:
             raise LayoutError(f"{len(tensors)} tensors, where the layout has {layout.tensors}")
         self.layout = layout
-        views = [_shaped(layout, _bits(layout, tensor)) for tensor in tensors]
+        views = [shaped_bits(layout, tensor) for tensor in tensors]
+        elsewhere = {view.device for view in views if view.device.type != "cpu"}
+        if elsewhere:
+            raise LayoutError(f"pages are on {elsewhere}; for those there are DevicePages")
         self.parts = [
             Part(layers, halves, view.numpy()) for layers, halves, view in _parts(layout, views)
         ]
@@ -163,16 +166,22 @@ class Pages:
             token += tokens
 
 
+def shaped_bits(layout: PageLayout, tensor: Tensor | NDArray[Any]) -> Tensor:
+    """A view of the tensor: integers of its elements' size, in the layout's dimensions.
+
+    Raises LayoutError where there is no such view.
+    """
+    return _shaped(layout, _bits(layout, tensor))
+
+
 def _bits(layout: PageLayout, tensor: Tensor | NDArray[Any]) -> Tensor:
-    """The tensor's elements as integers. Raises LayoutError for another dtype or device."""
+    """The tensor's elements as integers. Raises LayoutError for another dtype."""
     if isinstance(tensor, np.ndarray):
         tensor = torch.from_numpy(tensor)
     size = DTYPE_BYTES[layout.dtype]
     raw = tensor.dtype in (torch.uint8, torch.uint16, torch.uint32)
     if tensor.itemsize != size or not (raw or _NAMED.get(tensor.dtype) == layout.dtype):
         raise LayoutError(f"a tensor of {tensor.dtype}, where the layout has {layout.dtype}")
-    if tensor.device.type != "cpu":
-        raise LayoutError(f"pages on {tensor.device} cannot be read; only those of the CPU")
     return tensor.detach().view(_BITS[size])
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.connectors.convert import Pages
+from kvstore.connectors.device_pages import DevicePages, pages_of
 from kvstore.connectors.page_layout import PageLayout
 from kvstore.errors import LayoutError
 from kvstore.layout import DTYPE_BYTES, Shard
@@ -23,6 +24,8 @@ KNOWN_ORDERS = (
     *("KBNHD", "KLBNHD", "KBNLHD", "KBLNHD", "HBND", "BHND", "BHKND", "HLKBND"),
 )
 BLOCK_SIZES = ((1, 1), (4, 4), (2, 4), (4, 2), (1, 8), (8, 1), (3, 2), (4, 6), (5, 3))
+
+KINDS = st.sampled_from([Pages, DevicePages])  # the second works on any device, this one too
 
 
 def orders() -> st.SearchStrategy[str]:
@@ -77,16 +80,16 @@ def all_bytes(tensors: list[torch.Tensor]) -> bytes:
 
 
 @settings(max_examples=250)
-@given(cases())
+@given(cases(), KINDS)
 def test_copy_out_gives_the_canonical_bytes(
-    case: tuple[PageLayout, int, list[int], int, int],
+    case: tuple[PageLayout, int, list[int], int, int], kind: type[Pages]
 ) -> None:
     layout, block_tokens, table, first, blocks = case
     tensors = random_tensors(layout)
     if first + blocks * block_tokens > len(table) * layout.block_tokens:
         blocks = 0
     views = buffers(layout, layout.held.heads, block_tokens, blocks)
-    Pages(layout, tensors).copy_out(table, first, views, block_tokens)
+    kind(layout, tensors).copy_out(table, first, views, block_tokens)
     for i, view in enumerate(views):
         start = first + i * block_tokens
         tokens = range(start, start + block_tokens)
@@ -94,9 +97,9 @@ def test_copy_out_gives_the_canonical_bytes(
 
 
 @settings(max_examples=250)
-@given(cases(), st.data())
+@given(cases(), KINDS, st.data())
 def test_copy_in_writes_the_wanted_tokens_and_heads_alone(
-    case: tuple[PageLayout, int, list[int], int, int], data: st.DataObject
+    case: tuple[PageLayout, int, list[int], int, int], kind: type[Pages], data: st.DataObject
 ) -> None:
     layout, block_tokens, table, first, blocks = case
     room = len(table) * layout.block_tokens
@@ -119,7 +122,7 @@ def test_copy_in_writes_the_wanted_tokens_and_heads_alone(
     tensors = random_tensors(layout)
     before = [tensor.clone() for tensor in tensors]
     views = [memoryview(block) for block in stored]
-    Pages(layout, tensors).copy_in(table, first, views, block_tokens, shard, wanted)
+    kind(layout, tensors).copy_in(table, first, views, block_tokens, shard, wanted)
 
     for head in range(layout.held.start, layout.held.stop):
         for token in range(min(room, stop)):
@@ -247,3 +250,27 @@ def test_halves_of_another_dtype_are_told_apart() -> None:
         tensors = [tensor.to(TORCH_DTYPE[given_]) for tensor in random_tensors(GOOD)]
         with pytest.raises(LayoutError, match="a tensor of torch"):
             Pages(layout, tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", KNOWN_ORDERS)
+def test_pages_of_a_gpu_there_and_back(order: str) -> None:
+    layout = PageLayout(order, 24, 32, 2, 3, 8, "bfloat16")
+    tensors = [tensor.cuda() for tensor in random_tensors(layout)]
+    target = [tensor.cuda() for tensor in random_tensors(layout, seed=1)]
+    table = torch.randperm(layout.blocks).tolist()
+    views = buffers(layout, 3, 16, 48)
+    pages_of(layout, tensors).copy_out(table, 0, views, 16)
+    pages_of(layout, target).copy_in(table, 0, views, 16, layout.held, range(768))
+    assert all_bytes([t.cpu() for t in target]) == all_bytes([t.cpu() for t in tensors])
+
+
+def test_the_pages_of_a_device_are_chosen_by_it() -> None:
+    tensors = random_tensors(GOOD)
+    assert type(pages_of(GOOD, tensors)) is Pages
+    with pytest.raises(LayoutError, match="one device"):
+        pages_of(GOOD, [tensor.to("meta") for tensor in tensors])
+    with pytest.raises(LayoutError, match="one device"):
+        pages_of(GOOD, [tensors[0].to("meta"), *tensors[1:]])
+    with pytest.raises(LayoutError, match="6"):
+        pages_of(GOOD, [tensor.to("meta") for tensor in tensors[1:]])

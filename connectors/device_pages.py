@@ -1,0 +1,93 @@
+"""Pages in a GPU's memory: read and written by way of this process's own memory.
+
+Whole pages cross the bus, gathered on the device first, so that it is one copy a tensor; the
+conversion is then that of any pages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvstore.connectors.convert import Pages, shaped_bits
+from kvstore.connectors.page_layout import PageLayout
+from kvstore.errors import LayoutError
+from kvstore.layout import Shard
+
+_RAW = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+
+
+def pages_of(layout: PageLayout, tensors: Sequence[Tensor | NDArray[Any]]) -> Pages:
+    """`Pages`, or `DevicePages` for tensors that are not on the CPU. Raises LayoutError."""
+    on_cpu = not any(isinstance(t, Tensor) and t.device.type != "cpu" for t in tensors)
+    return Pages(layout, tensors) if on_cpu else DevicePages(layout, tensors)
+
+
+class DevicePages(Pages):
+    """As `Pages`, for tensors on any one device.
+
+    Waits for what the device has been told to do before it reads, and for its own copies before
+    it returns: a thread beside the engine's needs no stream of its own to be right.
+    """
+
+    def __init__(self, layout: PageLayout, tensors: Sequence[Tensor | NDArray[Any]]) -> None:
+        if len(tensors) != layout.tensors:
+            raise LayoutError(f"{len(tensors)} tensors, where the layout has {layout.tensors}")
+        self.layout = layout
+        self._views = [shaped_bits(layout, tensor) for tensor in tensors]
+        devices = {view.device for view in self._views}
+        if len(devices) != 1 or devices == {torch.device("meta")}:
+            raise LayoutError(f"pages on {devices}; all must be on one device")
+        (self._device,) = devices
+        self._axis = layout.order.index("B")
+
+    def copy_out(
+        self, table: Sequence[int], first: int, views: Sequence[memoryview], block_tokens: int
+    ) -> None:
+        used = self._used(table, first, first + len(views) * block_tokens)
+        if used:
+            here, staged, _ = self._fetched(used)
+            staged.copy_out(here, first, views, block_tokens)
+
+    def copy_in(
+        self,
+        table: Sequence[int],
+        first: int,
+        views: Sequence[memoryview],
+        block_tokens: int,
+        shard: Shard,
+        wanted: range,
+    ) -> None:
+        begin = max(wanted.start, first)
+        end = min(wanted.stop, first + len(views) * block_tokens)
+        used = self._used(table, begin, max(begin, end))
+        if not used:
+            return
+        # Read first: of a page, the tokens and heads that are not wanted must stay what they are.
+        here, staged, copies = self._fetched(used)
+        staged.copy_in(here, first, views, block_tokens, shard, wanted)
+        pages = torch.tensor(list(used.values()), device=self._device)
+        for view, copy in zip(self._views, copies, strict=True):
+            view.index_copy_(self._axis, pages, copy.to(self._device))
+        self._settle()
+
+    def _fetched(self, used: dict[int, int]) -> tuple[list[int], Pages, list[Tensor]]:
+        """Copies of pages: a block table of them, and they themselves, in this process's memory."""
+        self._settle()
+        pages = torch.tensor(list(used.values()), device=self._device)
+        copies = [view.index_select(self._axis, pages).cpu() for view in self._views]
+        layout = dataclasses.replace(self.layout, blocks=len(used), strides=None)
+        # Places of the sequence before the first one used are asked for by nobody.
+        here = [0] * min(used) + list(range(len(used)))
+        raw = [copy.view(_RAW[copy.itemsize]) for copy in copies]
+        return here, Pages(layout, raw), copies
+
+    def _settle(self) -> None:
+        """Wait until the device has done all that it was told."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
