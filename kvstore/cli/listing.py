@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from kvstore.chains import walk
 from kvstore.errors import InputError
-from kvstore.frame import CODEC_NUMBERS, names
+from kvstore.frame import CODEC_NUMBERS, RECORD_DTYPE, names
 from kvstore.hashing import Key
 from kvstore.identity import Namespace
 from kvstore.inventory import Inventory, listing
 from kvstore.tiers.nvme_verify import DirectorySummary
 
 _CODECS = {number: name for name, number in CODEC_NUMBERS.items()}
+STEP_ROWS = 8192  # made into Python's values at once
 LEAST_PREFIX = 4  # hexadecimal digits of a namespace's name that must be given
 
 
@@ -53,7 +54,7 @@ class Listing:
         """Of the namespaces that are known, and of those that only have blocks."""
         seen = set(self.namespaces)
         for table in self.tables.values():
-            seen.update(names(distinct(table["namespace"])))
+            seen.update(names(table["namespace"]))
         return sorted(seen)
 
     def only(self, fingerprints: Collection[bytes]) -> Listing:
@@ -119,52 +120,61 @@ def by_chain(listing: Listing) -> list[dict[str, Any]]:
     rows = listing.held.rows
     keys = names(rows["key"])
     places = {key: place for place, key in enumerate(keys)}
-    nbytes, used_s = rows["raw_bytes"].tolist(), rows["last_use_s"].tolist()
-    found: dict[Key, dict[str, Any]] = {}
-    for key, head, depth in walk(dict(zip(keys, names(rows["parent"]), strict=True))):
+    heads: list[int] = []  # places
+    head_of, depths = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    for key, _, depth in walk(dict(zip(keys, names(rows["parent"]), strict=True))):
         place = places[key]
-        if depth == 0:
-            owner, parent = rows[place]["namespace"].item(), rows[place]["parent"].item()
-            found[head] = {
-                "head": head.hex(),
+        if depth == 0:  # what follows stands under it
+            heads.append(place)
+        head_of[place], depths[place] = len(heads) - 1, depth
+    blocks = np.bincount(head_of, minlength=len(heads))
+    nbytes = np.bincount(head_of, rows["raw_bytes"], len(heads))
+    lengths, used_s = np.zeros(len(heads), np.int64), np.zeros(len(heads))
+    np.maximum.at(lengths, head_of, depths + 1)
+    np.maximum.at(used_s, head_of, rows["last_use_s"])
+    chains = []
+    for number in used_s.argsort(kind="stable")[::-1].tolist():
+        first = rows[heads[number]]
+        owner = first["namespace"].item()
+        chains.append(
+            {
+                "head": first["key"].item().hex(),
                 "namespace": owner.hex(),
                 "model": listing.model(owner),
-                "starts_a_prompt": parent == owner,
-                "blocks": 0,
-                "length": 0,
-                "raw_bytes": 0,
-                "last_use_s": 0.0,
+                "starts_a_prompt": first["parent"].item() == owner,
+                "blocks": int(blocks[number]),
+                "length": int(lengths[number]),
+                "raw_bytes": int(nbytes[number]),
+                "last_use_s": float(used_s[number]),
             }
-        chain = found[head]
-        chain["blocks"] += 1
-        chain["length"] = max(chain["length"], depth + 1)
-        chain["raw_bytes"] += nbytes[place]
-        chain["last_use_s"] = max(chain["last_use_s"], used_s[place])
-    return sorted(found.values(), key=lambda chain: chain["last_use_s"], reverse=True)
+        )
+    return chains
 
 
 def by_block(listing: Listing) -> Iterator[dict[str, Any]]:
     """Every block, the latest used first."""
     rows, tiers = listing.held
-    for place in rows["last_use_s"].argsort(kind="stable")[::-1].tolist():
-        record = rows[place]
-        owner = record["namespace"].item()
-        is_below = "nvme" in tiers[place]
-        yield {
-            "key": record["key"].item().hex(),
-            "parent": record["parent"].item().hex(),
-            "namespace": owner.hex(),
-            "model": listing.model(owner),
-            "tiers": list(tiers[place]),
-            "offset": int(record["offset"]) if is_below else None,
-            "codec": _CODECS[int(record["codec"])],
-            "raw_bytes": int(record["raw_bytes"]),
-            "stored_bytes": int(record["stored_bytes"]),
-            "priority": int(record["priority"]),
-            "created_s": float(record["created_s"]) or None,
-            "last_use_s": float(record["last_use_s"]),
-            "expires_s": float(record["expires_s"]) or None,
-        }
+    models = {name: each.model for name, each in listing.namespaces.items()}
+    order = rows["last_use_s"].argsort(kind="stable")[::-1]
+    for start in range(0, len(order), STEP_ROWS):
+        part = order[start : start + STEP_ROWS]
+        for place, values in zip(part.tolist(), rows[part].tolist(), strict=True):
+            record = dict(zip(RECORD_DTYPE.names or (), values, strict=True))
+            yield {
+                "key": record["key"].hex(),
+                "parent": record["parent"].hex(),
+                "namespace": record["namespace"].hex(),
+                "model": models.get(record["namespace"]),
+                "tiers": list(tiers[place]),
+                "offset": record["offset"] if "nvme" in tiers[place] else None,
+                "codec": _CODECS[record["codec"]],
+                "raw_bytes": record["raw_bytes"],
+                "stored_bytes": record["stored_bytes"],
+                "priority": record["priority"],
+                "created_s": record["created_s"] or None,
+                "last_use_s": record["last_use_s"],
+                "expires_s": record["expires_s"] or None,
+            }
 
 
 def named(prefix: str, fingerprints: Collection[bytes]) -> bytes:
@@ -193,14 +203,13 @@ def keyed(listing: Listing, keys: Collection[Key]) -> Listing:
 
 def owned(rows: NDArray[np.void], fingerprints: Collection[bytes]) -> NDArray[np.bool_]:
     """Which rows are of one of these namespaces."""
+    column = _halves(rows["namespace"])
     mask = np.zeros(len(rows), dtype=bool)
     for fingerprint in fingerprints:
-        mask |= rows["namespace"] == np.void(fingerprint)
+        mask |= (column == np.frombuffer(fingerprint, "<u8")).all(axis=1)
     return mask
 
 
-def distinct(column: NDArray[np.void]) -> NDArray[np.void]:
-    """The different names in a column."""
-    return np.unique(np.ascontiguousarray(column).view("<u8").reshape(-1, 2), axis=0).view("V16")[
-        :, 0
-    ]
+def _halves(column: NDArray[np.void]) -> NDArray[np.uint64]:
+    """16-byte names as two numbers each, [n, 2]: numpy compares those fast."""
+    return np.ascontiguousarray(column).view("<u8").reshape(-1, 2)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvstore.hashing import Chain
     from kvstore.settings import Settings
 
-BATCH_BLOCKS = 1024  # that a store is told of at once: its lock is held that long
+BATCH_BLOCKS = 256  # that a store is told of at once: its lock is held a millisecond
 
 _namespace = click.option(
     "--namespace", metavar="HEX", help="Blocks of this namespace: how its name begins."

@@ -139,6 +139,8 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         if path.is_dir():
             raise InputError(f"{path} is a folder: name a file in it")
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no ordinary file, and cannot be replaced by one")
         with tempfile.NamedTemporaryFile(
             "wb", dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -275,6 +276,8 @@ def test_files_that_cannot_be(
     refused(here("import", tmp_path / "absent", target), "absent cannot be read: No such file")
     refused(here("import", tmp_path, target), "cannot be read: Is a directory")
     refused(here("export", tmp_path, source), "is a folder")
+    os.mkfifo(tmp_path / "pipe")
+    refused(here("export", tmp_path / "pipe", source), "is no ordinary file")
     refused(here("export", tmp_path / "no" / "file", source), "cannot be written: No such file")
     refused(here("export", tmp_path / "x", source, "--namespace", "0123"), "there is none")
     refused(here("export", tmp_path / "x", tmp_path / "absent"), "absent does not exist")
