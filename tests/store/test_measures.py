@@ -95,6 +95,12 @@ def test_bytes_that_moved(rig: Rig) -> None:
     assert counters["served_bytes"] == (5 + 2 * 3 + 2) * BLOCK
 
 
+def test_bytes_that_two_wrote_count_once(ram_rig: Rig) -> None:
+    with ram_rig.store.reserve(chain(3)) as one, ram_rig.store.reserve(chain(3)) as other:
+        assert (one.commit(), other.commit()) == (3, 0)
+    assert ram_rig.store.stats().counters["committed_bytes"] == 3 * BLOCK
+
+
 def test_who_holds_what(rig: Rig) -> None:
     put(rig.store, chain(4))
     put(rig.store, chain(3, namespace=OTHER))
