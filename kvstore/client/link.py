@@ -30,7 +30,7 @@ class Link(ABC):
     `costs` are of reading from the tiers that a probe names.
     """
 
-    grace_s = 0.0  # how much later than its deadline a lease may hear of it from the daemon
+    grace_s = 0.05  # how much later than its deadline a lease may hear of it from the daemon
     connection: Exchange
     costs: Mapping[str, LinearCost]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import pytest
 
 from kvstore.hashing import Chain, Key
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.verbs import Store
+from tests.daemon.data_doors import DataDaemon
 from tests.daemon.doors import Daemon
 from tests.store.rig import BLOCK, PATIENCE_S, Rig, content, put
 from tests.tiers.subjects import extent, flip_in_file
@@ -24,7 +27,29 @@ def over_the_local_door(rig: Rig, folder: Path) -> Iterator[Store]:
         yield client
 
 
-SUBJECTS: tuple[Open, ...] = (in_process, over_the_local_door)
+def over_the_data_door(rig: Rig, folder: Path) -> Iterator[Store]:
+    with DataDaemon(rig.store) as daemon, daemon.connect() as client:
+        yield client
+
+
+SUBJECTS: tuple[Open, ...] = (in_process, over_the_local_door, over_the_data_door)
+
+# For what is only so where blocks stay where they are: there a lease pins them until its release.
+NEAR = pytest.mark.parametrize(
+    "store", SUBJECTS[:2], indirect=True, ids=lambda subject: subject.__name__
+)
+
+
+def is_near(store: Store) -> bool:
+    """Whether its blocks need not be sent to be read."""
+    return "remote" not in store.load_costs
+
+
+def seen(store: Store, tiers: Sequence[str | None]) -> list[str | None]:
+    """What the subject calls these tiers: to a client elsewhere all of a daemon is one."""
+    if is_near(store):
+        return list(tiers)
+    return [None if tier is None else "remote" for tier in tiers]
 
 
 def put_behind(rig: Rig, blocks: Chain) -> None:

@@ -114,7 +114,7 @@ def test_what_is_late_is_cut_and_costs_nobody_else(rig: Rig, remote: StoreClient
     rig.store_below(chain(4))
     put(rig.store, chain(2))
     rig.gate.hold("read")
-    with remote.acquire(chain(4), deadline_s=0.2) as lease:
+    with remote.acquire(chain(4), deadline_s=0.5) as lease:
         assert lease.wait() == 2
         assert (len(lease), lease.miss) == (2, Miss.DEADLINE)
         assert check_bytes(lease, chain(4)) == 2
