@@ -23,8 +23,11 @@ from kvstore.verbs import Reservation, Store
 DEADLINE_S = 5.0  # of a load for which no better bound is known
 SAVES_BEHIND = 64  # saves that wait for the thread; more are refused, and counted
 
-Tokens = Sequence[int] | TokenChain
-"""A prompt's token ids, or a chain of them that the caller keeps and extends."""
+Tokens = Sequence[int] | TokenChain | Chain
+"""A prompt's token ids, or a chain of them that the caller keeps and extends, or its keys alone.
+
+Keys may begin anywhere in a prompt; tokens and pages are then counted from where they begin.
+"""
 
 
 class Found(NamedTuple):
@@ -58,12 +61,14 @@ class Connector:
         heads: Shard | None = None,
         deadline_s: float = DEADLINE_S,
         prefill: LinearCost | None = None,
+        accounts: Accounts | None = None,
     ) -> None:
         """`namespace` is of the whole model, `heads` what this rank has of it (None: all).
 
         `prefill` is the engine's measured cost of computing, which it keeps up to date: what
         would take longer to load than to compute is then left alone. Until it has been measured
-        all that is found is loaded, in `deadline_s`. Raises LayoutError for impossible heads.
+        all that is found is loaded, in `deadline_s`. Connectors of one engine may share `accounts`.
+        Raises LayoutError for impossible heads.
         """
         self.namespace = namespace
         self.heads = heads or namespace.layout.whole
@@ -72,7 +77,7 @@ class Connector:
         self.prefill = prefill or LinearCost()
         self._store = store
         self._deadline_s = deadline_s
-        self._accounts = Accounts()
+        self._accounts = accounts or Accounts()
         self._behind = threading.BoundedSemaphore(SAVES_BEHIND)
         self._lock = threading.Lock()
         self._thread: ThreadPoolExecutor | None = None
@@ -207,7 +212,10 @@ class Connector:
         """
         self._check(pages)
         stop = _length(tokens) if stop_token is None else min(stop_token, _length(tokens))
-        tokens = tokens.fork() if isinstance(tokens, TokenChain) else list(tokens)
+        if isinstance(tokens, TokenChain):
+            tokens = tokens.fork()
+        elif not isinstance(tokens, Chain):
+            tokens = list(tokens)
         table = list(table)
         with self._lock:
             if not self._closed and self._behind.acquire(blocking=False):
@@ -255,11 +263,11 @@ class Connector:
 
     def _chain(self, tokens: Tokens) -> Chain:
         """The full blocks. Raises LayoutError for a chain of another namespace."""
-        if not isinstance(tokens, TokenChain):
+        if not isinstance(tokens, TokenChain | Chain):
             tokens = TokenChain(self.namespace, tokens)
         elif tokens.namespace != self.namespace:
             raise LayoutError("the chain of tokens is of another namespace than the connector")
-        return tokens.chain()
+        return tokens if isinstance(tokens, Chain) else tokens.chain()
 
     def _found(
         self, tokens: Tokens, start_token: int, stop_token: int
@@ -331,6 +339,8 @@ class Connector:
 
 
 def _length(tokens: Tokens) -> int:
+    if isinstance(tokens, Chain):
+        return len(tokens) * tokens.namespace.block_tokens
     return tokens.tokens if isinstance(tokens, TokenChain) else len(tokens)
 
 

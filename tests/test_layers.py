@@ -25,7 +25,8 @@ PURE_PACKAGES = {"numpy", "xxhash", "zstandard"}
 PACKAGES: dict[str, str] = {
     **dict.fromkeys(("numpy", "xxhash", "zstandard"), "any layer"),
     "annotated_types": "settings",
-    **dict.fromkeys(("aiohttp", "prometheus_client"), "daemon"),
+    "aiohttp": "daemon",
+    "prometheus_client": "daemon connectors",
     "click": "cli",
     "msgspec": "wire daemon",
     "zmq": "daemon",
@@ -42,6 +43,7 @@ PACKAGES: dict[str, str] = {
     "tokenizers": "engine",
     "torch": "kernels hbm engine connectors",
     "transformers": "connectors",
+    **dict.fromkeys(("huggingface_hub", "vllm"), "connectors"),
 }
 
 
@@ -91,7 +93,7 @@ LAYERS = {
         "errors pure clock tier verbs machine settings tiers store client archive engine compose "
         "daemon public",
     ),
-    "connectors": Layer("connectors", "errors pure tier verbs kernels store client public"),
+    "connectors": Layer("connectors", "errors pure tier verbs kernels store client engine public"),
     "testing": Layer("testing", "errors pure verbs public"),
 }
 

@@ -1,0 +1,230 @@
+"""vLLM: its KV connector, which loads prompts' beginnings from a store and saves what it computes.
+
+    vllm serve MODEL --kv-transfer-config '{
+        "kv_connector": "KVStoreConnector",
+        "kv_connector_module_path": "kvstore.connectors.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"url": "unix:///run/kvstore.sock"}}'
+
+Written against vLLM 0.32. docs/connectors.md has the settings and what is not supported.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from kvstore.connectors.vllm_jobs import Done, Orders, Ready
+from kvstore.connectors.vllm_namespace import model_namespace
+from kvstore.connectors.vllm_options import SharedStore, read_options
+from kvstore.connectors.vllm_pages import vllm_pages
+from kvstore.connectors.vllm_scheduler import Scheduler
+from kvstore.connectors.vllm_stats import KVStorePromMetrics, KVStoreStats
+from kvstore.connectors.vllm_worker import Worker
+from kvstore.errors import InputError, LayoutError, SettingsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+log = logging.getLogger("vllm.kvstore")
+
+
+class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """One for vLLM's scheduler and one for each of its workers; they share nothing but messages.
+
+    A model, or a layout of KV, that is not known is said so once in the log: vLLM then runs as
+    without a connector. Loads and saves run beside the model, never in its way.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        """Raises SettingsError for settings that cannot be, and as the store's opening does."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
+        options = read_options(transfer.kv_connector_extra_config)
+        if not options.url and parallel.distributed_executor_backend != "uni":
+            raise SettingsError(
+                "vLLM's scheduler and workers are separate processes and need one store: start "
+                "`kvstore daemon` and give its url in kv_connector_extra_config "
+                "(or, with one worker, run with --distributed-executor-backend uni)"
+            )
+        self._salt = options.salt
+        self._shared: SharedStore | None = None
+        self._scheduler: Scheduler | None = None
+        self._worker: Worker | None = None
+        try:
+            self._namespace = model_namespace(vllm_config, kv_cache_config, options)
+        except InputError as refusal:
+            log.warning("kvstore: running without it: %s", refusal)
+            return
+        self._shared = SharedStore(options)
+        if role == KVConnectorRole.WORKER:
+            self._worker = Worker(self._shared.store, options.deadline_s, parallel.rank == 0)
+        elif transfer.kv_load_failure_policy != "recompute":
+            log.warning(
+                'kvstore: kv_load_failure_policy is "fail": a block that is lost between lookup '
+                'and load ends its request with an error; "recompute" computes it'
+            )
+
+    # ---- worker
+
+    def register_kv_caches(self, kv_caches: Mapping[str, Tensor]) -> None:
+        if self._worker is None:
+            return
+        parallel = self._vllm_config.parallel_config
+        page_tokens = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        try:
+            shards = self._namespace.layout.shards(parallel.tensor_parallel_size)
+            heads = shards[parallel.rank % parallel.tensor_parallel_size]
+            pages = vllm_pages(self._vllm_config, kv_caches, self._namespace, heads)
+            if pages.layout.block_tokens != page_tokens:
+                raise LayoutError(f"its tensors' blocks are not of {page_tokens} tokens")
+        except Exception as refusal:
+            log.warning("kvstore: running without it: %s", refusal)
+            return
+        self._worker.pages = pages
+
+    def get_handshake_metadata(self) -> Ready | None:
+        if self._worker is None or self._worker.pages is None:
+            return None
+        return Ready(self._namespace.fingerprint)
+
+    def handle_preemptions(self, kv_connector_metadata: Orders) -> None:
+        if self._worker is not None:
+            self._worker.wait_for_saves(kv_connector_metadata.preempted)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.start_loads(self._get_connector_metadata())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: requests whose KV is being loaded are not computed meanwhile."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **_: Any) -> None:
+        """Nothing: blocks are saved with all their layers, when the step has been computed."""
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            orders = self._get_connector_metadata()
+            self._worker.start_saves(orders)
+            self._worker.rest(orders)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        if self._worker is None:
+            return None, None
+        return self._worker.finished(self._get_connector_metadata())
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return set() if self._worker is None else self._worker.failed_pages()
+
+    def build_connector_worker_meta(self) -> Done | None:
+        return None if self._worker is None else self._worker.done()
+
+    # ---- scheduler
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
+        """Begin to work when every worker has said that it knows its pages."""
+        parallel = self._vllm_config.parallel_config
+        ready = [each for each in metadata.values() if isinstance(each, Ready)]
+        if self._shared is None or len(ready) < parallel.world_size:
+            return
+        if {each.fingerprint for each in ready} != {self._namespace.fingerprint}:
+            log.warning("kvstore: running without it: the workers see another model's files")
+            return
+        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        self._scheduler = Scheduler(
+            self._shared.store, self._namespace, self._salt, spec.block_size, parallel.world_size
+        )
+        log.info("kvstore: in use, namespace %s", self._namespace.fingerprint.hex())
+
+    def on_new_request(self, request: Request) -> None:
+        if self._scheduler is not None:
+            self._scheduler.arrived(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        if self._scheduler is None:
+            return 0, False
+        tokens = self._scheduler.matched(request, num_computed_tokens)
+        return tokens, bool(tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        if self._scheduler is not None and num_external_tokens:
+            (pages,) = blocks.get_block_ids()
+            self._scheduler.allocated(request, pages, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Orders:
+        if self._scheduler is None:
+            return Orders()
+        state = scheduler_output.kv_connector_block_state
+        return self._scheduler.orders(
+            scheduler_output, lambda request_id: state.resolve_block_ids(request_id)[0]
+        )
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        done = connector_output.kv_connector_worker_meta
+        if self._scheduler is not None and isinstance(done, Done):
+            self._scheduler.heard(done)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        if self._scheduler is None:
+            return False, None
+        return self._scheduler.finished(request.request_id), None
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, [])
+
+    def reset_cache(self) -> bool:
+        """As after a change of weights: what was stored before is not found any more."""
+        if self._scheduler is not None:
+            self._scheduler.forget()
+        return True
+
+    # ---- both
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A save that is lost is a later miss, and no more."""
+        return False
+
+    def get_kv_connector_stats(self) -> KVStoreStats | None:
+        side = self._worker or self._scheduler
+        return None if side is None else side.stats()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVStoreStats:
+        return KVStoreStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *arguments: Any) -> KVStorePromMetrics:
+        return KVStorePromMetrics(*arguments)
+
+    def shutdown(self) -> None:
+        """Ends what was begun, and closes the store. May be called twice."""
+        for side in (self._worker, self._scheduler):
+            if side is not None:
+                side.close()
+        if self._shared is not None:
+            self._shared.close()

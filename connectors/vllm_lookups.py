@@ -1,0 +1,103 @@
+"""Questions of a scheduler to a store, answered in a thread: the scheduler never waits for one."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYetError
+from dataclasses import dataclass
+
+from kvstore.connectors.accounts import Accounts
+from kvstore.connectors.connector import Connector, Found
+from kvstore.hashing import Chain
+
+GRACE_S = 0.001  # at most that long is the first answer waited for: most come in less
+LATE_S = 0.5  # after that the prompt is computed without the store
+STALLED_S = 0.2  # a prefetch that brings nothing for so long is not waited for
+FRESH_S = 1.0  # how long an answer is believed
+ROUND_S = 0.002  # between two looks at a prefetch that runs
+
+
+@dataclass
+class Question:
+    """What would a load of `chain` after its first `start` tokens find?"""
+
+    connector: Connector
+    chain: Chain
+    start: int
+    future: Future[Found]
+    asked_s: float
+    ready: int = -1  # tokens in RAM, when we last looked
+    progress_s: float = 0.0
+    tokens: int | None = None  # the answer
+    answered_s: float = 0.0
+
+
+class Lookups:
+    """One thread that looks up and prefetches. `ask` and `answer` belong to the scheduler."""
+
+    def __init__(self, accounts: Accounts) -> None:
+        self._accounts = accounts
+        self._thread = ThreadPoolExecutor(1, "kvstore-lookup")
+        self._stuck: Future[Found] | None = None
+
+    def ask(self, connector: Connector, chain: Chain, start: int) -> Question:
+        now_s = time.monotonic()
+        if self._stuck is not None and not self._stuck.done():
+            # The store answers nobody: ask it nothing more until it does.
+            future: Future[Found] = Future()
+            future.set_result(Found(0, 0))
+        else:
+            self._stuck = None
+            future = self._thread.submit(_look, connector, chain, start)
+        self._accounts.count("lookups")
+        return Question(connector, chain, start, future, now_s, progress_s=now_s)
+
+    def answer(self, question: Question, patience_s: float = 0.0) -> int | None:
+        """How many tokens to load, all of them in RAM; None while that is not known."""
+        if question.tokens is not None:
+            return question.tokens
+        now_s = time.monotonic()
+        try:
+            found = question.future.result(patience_s)
+        except NotYetError:
+            if now_s - question.asked_s < LATE_S:
+                return None
+            self._accounts.count("late_lookups")
+            self._accounts.say("late", "the store does not answer, going on without it")
+            self._stuck = question.future
+            return self._settle(question, 0, now_s)
+        except Exception as error:
+            self._accounts.store_failed("lookup", error)
+            return self._settle(question, 0, now_s)
+        if found.ready_tokens >= found.tokens:
+            return self._settle(question, found.tokens, now_s)
+        if found.ready_tokens > question.ready:
+            question.ready, question.progress_s = found.ready_tokens, now_s
+        elif now_s - question.progress_s > STALLED_S:
+            return self._settle(question, found.ready_tokens, now_s)
+        if now_s - question.asked_s > ROUND_S:
+            question.asked_s = now_s
+            question.future = self._thread.submit(
+                _look, question.connector, question.chain, question.start
+            )
+        return None
+
+    def is_fresh(self, question: Question) -> bool:
+        """Whether it is still open, or was answered a moment ago."""
+        return question.tokens is None or time.monotonic() - question.answered_s < FRESH_S
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _settle(self, question: Question, tokens: int, now_s: float) -> int:
+        question.tokens, question.answered_s = tokens, now_s
+        return tokens
+
+
+def _look(connector: Connector, chain: Chain, start: int) -> Found:
+    found = connector.lookup(chain, start_token=start)
+    if found.ready_tokens < found.tokens:
+        size = connector.block_tokens
+        connector.prefetch(chain.slice(0, (start + found.tokens) // size), start_token=start)
+    return found
