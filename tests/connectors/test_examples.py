@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import os
+import io
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
+
+import pytest
+from transformers.utils import logging
 
 from tests.engine.tiny import tiny_model
 
-ROOT = Path(__file__).parents[2]
+# Progress bars would take a lock that is shared memory.
+logging.disable_progress_bar()
+
+CHAT = Path(__file__).parents[2] / "examples" / "transformers_chat.py"
+TYPED = "What is stored is not computed again, is it?\nAnd what is not stored?\n"
 
 
-def test_a_chat_goes_on_after_a_restart(tmp_path: Path) -> None:
+def test_a_chat_goes_on_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = tiny_model(tmp_path / "model")
-    loaded = []
-    answers = []
+    monkeypatch.setattr("sys.argv", [str(CHAT), str(model), str(tmp_path / "cache")])
+    answers, loaded = [], []
     for _ in range(2):
-        command = [sys.executable, "examples/transformers_chat.py", str(model)]
-        ended = subprocess.run(
-            [*command, str(tmp_path / "cache")],
-            input="What is stored is not computed again, is it?\nAnd what is not stored?\n",
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            check=False,
-        )
-        assert ended.returncode == 0, ended.stderr
-        said = re.search(r"(\d+) of (\d+) tokens of prompts were loaded", ended.stdout)
-        assert said is not None, ended.stdout
+        monkeypatch.setattr("sys.stdin", io.StringIO(TYPED))
+        runpy.run_path(str(CHAT), run_name="__main__")
+        printed = capsys.readouterr().out
+        answers.append(re.findall("model: (.*)", printed))
+        said = re.search(r"(\d+) of (\d+) tokens of prompts were loaded", printed)
+        assert said is not None, printed
         loaded.append(int(said[1]) / int(said[2]))
-        answers.append(re.findall("model: (.*)", ended.stdout))
     assert answers[0] == answers[1]
     assert len(answers[0]) == 2
-    # In the first run the second question found the first; in the second run both were there.
+    # At first the second question found the first one; after the restart both were there.
     assert 0 < loaded[0] < 0.8 < loaded[1]

@@ -45,7 +45,7 @@ def question(text: str) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_greedy_tokens(folder: Path, dtype: torch.dtype) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    greedy = {"max_new_tokens": 12, "do_sample": False}
+    greedy = {"max_new_tokens": 8, "do_sample": False}
     with kvstore.open(ram_bytes="64 MiB") as store:
         cache = PrefixCache(model, store)
         asked = [question(text) for text in QUESTIONS]
