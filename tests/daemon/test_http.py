@@ -368,11 +368,33 @@ async def _look(port: int, folder: Path, process: DaemonProcess) -> None:
             await page.resize(width, 740)
             await page.until(f"innerWidth === {width}")
             assert await page.value("document.documentElement.scrollWidth") == width
+        assert (await _asks_again(page, hidden=True), await _asks_again(page, hidden=False)) == (
+            False,
+            True,
+        )
         assert page.complaints == []
         # Nobody answers any more: it says so, and keeps what it has shown.
         assert await asyncio.to_thread(process.end) == 0
         await page.until("document.getElementById('state').textContent.startsWith('no answer')")
         assert "62.5" in await page.value("document.getElementById('rate').textContent")
+
+
+async def _asks_again(page: Page, *, hidden: bool) -> bool:
+    """Whether the page, when it has asked, is going to ask again."""
+    asks: bool = await page.value(
+        f"""(async () => {{
+            const value = {json.dumps(hidden)};
+            Object.defineProperty(document, "hidden", {{ value, configurable: true }});
+            document.dispatchEvent(new Event("visibilitychange"));
+            const real = window.setTimeout;
+            let again = false;
+            window.setTimeout = (...given) => {{ again = true; return real(...given); }};
+            await poll();
+            window.setTimeout = real;
+            return again;
+        }})()"""
+    )
+    return asks
 
 
 async def _shows(page: Page) -> None:
