@@ -93,7 +93,8 @@ def export(
     Every checksum is compared. What is damaged is left out, is named, and makes the exit
     status 1; so does a file that was cut off, or a store without room for all. Priorities
     stay what they were, as far as the store's bounds allow (store.protected_bytes), and a
-    TTL goes on. Blocks that are there already are left alone.
+    TTL goes on. Blocks that are there already are left alone. A DIR that is not there is
+    made, of --nvme-bytes.
 
     {WHICH}
 
@@ -103,7 +104,7 @@ def export(
     """,
 )
 @_file
-@place_options()
+@place_options("nvme.capacity_bytes")
 @json_option
 def import_(archive: Path, place: Place, settings: Settings, as_json: bool) -> int:
     from kvstore.archive.file import read
@@ -116,6 +117,8 @@ def import_(archive: Path, place: Place, settings: Settings, as_json: bool) -> i
             entries = read(file, nbytes)
         except InputError as error:
             raise InputError(f"{archive}: {error}") from None
+        if place.url is None and not place.path.exists():
+            _make(place.path, settings)
         with (
             opened(place, settings) as store,
             progress(f"Reading {archive.name}") as report,
@@ -131,6 +134,14 @@ def import_(archive: Path, place: Place, settings: Settings, as_json: bool) -> i
     else:
         _tell_restored(restored)
     return 0 if restored.is_whole and not restored.refused and not restored.evicted else 1
+
+
+def _make(path: Path, settings: Settings) -> None:
+    """A new directory, as the settings say. Raises InputError where that cannot be."""
+    from kvstore import compose
+
+    nvme = settings.nvme.model_copy(update={"path": path})
+    compose.open(settings.model_copy(update={"nvme": nvme})).close()
 
 
 @contextlib.contextmanager

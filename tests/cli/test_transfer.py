@@ -156,6 +156,15 @@ def test_one_namespace(
     assert (only["fingerprint"], only["blocks"]) == (name, 3)
 
 
+def test_a_directory_is_made(here: Callable[..., Done], archive: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    done = here("import", archive, made, "--nvme-bytes", "3 MiB")
+    assert done.stdout == "23 blocks are new, 0 were there\n"
+    assert sum(path.stat().st_size for path in made.iterdir()) <= 3 << 20
+    refused(here("import", archive, archive / "below", "--nvme-bytes", "3 MiB"), "Not a directory")
+    refused(here("import", archive, tmp_path / "x", "--nvme-bytes", "900 TiB"), "more than the")
+
+
 @pytest.fixture
 def archive(here: Callable[..., Done], source: Path, tmp_path: Path) -> Path:
     file = tmp_path / "archive.kv"
