@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.archive.file import ArchiveWriter, Damage, read
+from kvstore.archive.file import ArchiveWriter, Block, Damage, read
 from kvstore.archive.restore import restore
 from kvstore.archive.save import Saved, save
 from kvstore.client.client import StoreClient
@@ -95,9 +95,8 @@ def test_frames_of_a_namespace_that_is_not_there(rig: Rig) -> None:
     file = io.BytesIO()
     written(rig.store, rig, "ram", file)
     data = file.getvalue()
-    start = next(
-        entry.start for entry in read(io.BytesIO(data), len(data)) if hasattr(entry, "record")
-    )
+    entries = read(io.BytesIO(data), len(data))
+    start = next(entry.start for entry in entries if isinstance(entry, Block))
     cut = data[:24] + data[start:]
     rig.store.evict(chain(3))
     restored = restore(rig.store, read(io.BytesIO(cut), len(cut)), 0.0, lambda done: None)
