@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -51,3 +53,24 @@ def tiny(
             if parameter.dim() == 2:
                 parameter.normal_(0, 2.0 / parameter.shape[1] ** 0.5)
     return made.to(dtype).eval()
+
+
+def tiny_mla() -> Any:
+    """A model whose cache holds a latent vector, and not K and V of heads."""
+    config = DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 4, "head_dim": 8},
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+    )
+    torch.manual_seed(0)
+    return DeepseekV3ForCausalLM(config).eval()

@@ -21,7 +21,7 @@ from kvstore.connectors.transformers_model import namespace_of
 from kvstore.errors import ModelError
 from kvstore.store import BlockStore
 from kvstore.verbs import Store
-from tests.connectors.models import KINDS, tiny
+from tests.connectors.models import KINDS, tiny, tiny_mla
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -229,6 +229,7 @@ REFUSED_MODELS: dict[str, Callable[[], Any]] = {
     "hybrid": lambda: tiny(
         "qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1
     ),
+    "MLA": tiny_mla,
     "adapter": adapted,
     "training": lambda: tiny().train(),
     "dynamic rope": lambda: tiny(
@@ -250,7 +251,7 @@ def test_models_that_are_not_known_are_refused(name: str) -> None:
         namespace_of(REFUSED_MODELS[name](), block_tokens=16)
 
 
-@pytest.mark.parametrize("name", ["sliding window", "hybrid", "adapter"])
+@pytest.mark.parametrize("name", ["sliding window", "hybrid", "MLA", "adapter"])
 def test_refused_models_generate_by_themselves(
     name: str, ram_store: BlockStore, caplog: pytest.LogCaptureFixture
 ) -> None:
