@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from kvstore import wire
@@ -114,6 +115,8 @@ class StoreClient:
 
             def lease(reply: wire.Reply) -> None:
                 if isinstance(reply, wire.Leased):
+                    if len(reply.sources) > len(chain):
+                        raise WireError("the daemon has leased more than it was asked for")
                     leases.append(link.lease(reply, block_bytes, until_s))
 
             return link.ask(wire.Acquire, chain, lease, deadline_s=deadline_s)
@@ -141,7 +144,11 @@ class StoreClient:
 
             def take(reply: wire.Reply) -> None:
                 if isinstance(reply, wire.Reserved):
-                    taken.append(link.reservation(reply, block_bytes))
+                    reservation = link.reservation(reply, block_bytes)
+                    positions = [-1, *reservation.indices, len(chain)]
+                    if any(b <= a for a, b in pairwise(positions)):
+                        raise WireError("the daemon has reserved for other blocks than asked")
+                    taken.append(reservation)
 
             return link.ask(
                 wire.Reserve, chain, take, priority=asked.priority, ttl_s=_bounded(asked.ttl_s)
