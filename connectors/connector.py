@@ -154,7 +154,9 @@ class Connector:
         if stop_token is None:  # nobody has promised the rest, but it was asked for
             self._accounts.missed(stop // size - end // size, miss)
             stop = end
-        legs = self._acquire(chain, runs, deadline_s or plan.deadline_s) if chain else []
+        if deadline_s is None:
+            deadline_s = self._deadline_s if plan.deadline_s is None else plan.deadline_s
+        legs = self._acquire(chain, runs, deadline_s) if chain else []
         if runs and not legs:
             miss = Miss.BREAKER
         wanted = range(start_token, max(start_token, stop))
@@ -296,7 +298,7 @@ class Connector:
             return None, [], Plan(0, None)
         return chain, runs, plan
 
-    def _acquire(self, chain: Chain, runs: list[Run], deadline_s: float | None) -> list[Leg]:
+    def _acquire(self, chain: Chain, runs: list[Run], deadline_s: float) -> list[Leg]:
         """Leases for all of the runs, or none where the store fails."""
         legs: list[Leg] = []
         try:
@@ -305,7 +307,7 @@ class Connector:
                 legs.append(leg)
                 for shard in run.shards:
                     part = chain.slice(run.start, run.stop).for_shard(shard)
-                    lease = self._store.acquire(part, deadline_s=deadline_s or self._deadline_s)
+                    lease = self._store.acquire(part, deadline_s=deadline_s)
                     leg.leases.append(lease)
         except Exception as error:
             self._accounts.store_failed("load", error)

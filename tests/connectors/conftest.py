@@ -10,6 +10,7 @@ import pytest
 import kvstore
 from kvstore.store import BlockStore
 from kvstore.verbs import Store
+from tests.connectors.memory import Memory
 from tests.daemon.doors import Daemon
 
 
@@ -32,3 +33,8 @@ def store(
         return
     with Daemon(block_store, tmp_path / "kvstore.sock") as daemon, daemon.connect() as client:
         yield client
+
+
+@pytest.fixture
+def source() -> Memory:
+    return Memory()
