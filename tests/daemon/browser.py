@@ -47,6 +47,8 @@ class Page:
         self._hearing = asyncio.create_task(self._hear())
 
     async def close(self) -> None:
+        """And the browser, which tidies up after itself."""
+        await self._call("Browser.close")
         self._hearing.cancel()
         await asyncio.gather(self._hearing, return_exceptions=True)
 
@@ -134,6 +136,8 @@ async def chromium(program: str, folder: Path) -> AsyncIterator[Page]:
                     yield page
                 finally:
                     await page.close()
+        async with asyncio.timeout(PATIENCE_S):
+            await process.communicate()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
