@@ -45,9 +45,9 @@ class Daemon:
         self._thread.start()
         self.service = self._ready.result(PATIENCE_S)
 
-    def connect(self, timeout_s: float = PATIENCE_S) -> StoreClient:
-        """A client; it is the caller's to close."""
-        return connect(self.url, timeout_s=timeout_s)
+    def connect(self, **options: Any) -> StoreClient:
+        """A client, patient unless told otherwise; it is the caller's to close."""
+        return connect(self.url, **{"timeout_s": PATIENCE_S, **options})
 
     def call(self, work: Callable[[], T]) -> T:
         """What `work` returns in the daemon's loop."""

@@ -29,7 +29,7 @@ HASTY_S = 0.5
 @pytest.fixture
 def hasty(daemon: Daemon) -> Iterator[StoreClient]:
     """A client that gives a silent daemon up soon."""
-    with daemon.connect(HASTY_S) as client:
+    with daemon.connect(timeout_s=HASTY_S) as client:
         put(client, chain(1, seed=99))
         yield client
 
@@ -210,7 +210,7 @@ def test_a_lease_that_was_cut_stays_cut(daemon: Daemon, client: StoreClient, rig
 
 
 def test_a_silent_daemon_is_given_up(process: DaemonProcess) -> None:
-    with process.connect(HASTY_S) as client:
+    with process.connect(timeout_s=HASTY_S) as client:
         blocks = chain(4)
         put(client, blocks)
         lease = client.acquire(blocks)
@@ -236,7 +236,7 @@ def test_a_silent_daemon_is_given_up(process: DaemonProcess) -> None:
 def test_a_daemon_that_comes_back_serves_what_is_on_nvme(make_process: MakeProcess) -> None:
     blocks = chain(8)
     with make_process() as first:
-        client = first.connect(PATIENCE_S)
+        client = first.connect()
         put(client, blocks)
         assert client.flush()
         lease = client.acquire(blocks)
