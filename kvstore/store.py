@@ -95,7 +95,7 @@ class BlockStore:
         return self._measures.distributions()
 
     def usage(self) -> list[NamespaceUsage]:
-        """Every namespace of which blocks were stored here. Milliseconds for a million blocks."""
+        """Every namespace of which blocks were stored here, and how much of each is held."""
         return self._measures.usage()
 
     @property
