@@ -23,20 +23,26 @@ class Answering:
         send: Callable[[wire.Reply], None],
         done: Callable[[], None],
     ) -> None:
-        """`done` is called once for each request, when nothing more is to be done for it."""
+        """`done` is called whenever a request has been done with that took time."""
         self._conversation = conversation
         self._send = send
         self._done = done
         self._unanswered: set[asyncio.Task[None]] = set()
 
-    def answer(self, request: wire.Request) -> None:
-        """Raises WireError for what ends the conversation."""
+    def __len__(self) -> int:
+        """Requests that are being answered."""
+        return len(self._unanswered)
+
+    def answer(self, request: wire.Request) -> bool:
+        """Whether that was all; otherwise `done` will be called.
+
+        Raises WireError for what ends the conversation.
+        """
         seq: int = getattr(request, "seq", 0)
         answer: wire.Reply | Awaitable[wire.Reply | None] | None
         try:
             answer = self._conversation.answer(request)
         except WireError:
-            self._done()
             raise
         except Exception as error:
             answer = _refused(seq, error)
@@ -44,10 +50,10 @@ class Answering:
             task = asyncio.get_running_loop().create_task(self._finish(seq, answer))
             self._unanswered.add(task)
             task.add_done_callback(partial(self._finished, answer))
-            return
+            return False
         if answer is not None:
             self._send(answer)
-        self._done()
+        return True
 
     def close(self) -> None:
         """Nobody waits for answers any more."""
@@ -70,7 +76,7 @@ class Answering:
 
 
 def _refused(seq: int, error: Exception) -> wire.Failed:
-    """A fault of ours costs one answer, and not the client's session."""
+    """A fault of ours costs one answer; raised, it would end the connection under the leases."""
     if not isinstance(error, KVStoreError):
         log.error("a request failed", exc_info=error)
     return failed(seq, error)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from functools import partial
+from collections.abc import Callable
 from typing import cast
 
 from kvstore import wire
+from kvstore.daemon.answering import Answering
 from kvstore.daemon.conversation import Conversation, failed
-from kvstore.errors import KVStoreError, WireError
+from kvstore.errors import WireError
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +33,9 @@ class Connection(asyncio.Protocol):
     ) -> None:
         """`ended` is called once, when the client is gone."""
         self._conversation = converse(self.send)
+        self._answering = Answering(self._conversation, self.send, self._hear_more)
         self._ended = ended
         self._received = bytearray()
-        self._unanswered: set[asyncio.Task[None]] = set()
         self._over = False  # nothing is said any more
         self._transport: asyncio.Transport | None = None
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -52,8 +52,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        for task in self._unanswered:
-            task.cancel()
+        self._answering.close()
         self._conversation.close()
         self._ended()
         if not self.closed.done():
@@ -86,14 +85,14 @@ class Connection(asyncio.Protocol):
     def _hear(self) -> None:
         """Answer what has arrived, as long as not too many answers are still to come."""
         try:
-            while len(self._unanswered) < UNANSWERED and (body := self._next()) is not None:
-                self._answer(wire.decode_request(body))
+            while len(self._answering) < UNANSWERED and (body := self._next()) is not None:
+                self._answering.answer(wire.decode_request(body))
         except WireError as error:
             log.warning("a client broke the protocol, and is not heard any more: %s", error)
             self.send(failed(0, error))
             self.end()
         if self._transport is not None and not self._over:
-            if len(self._unanswered) < UNANSWERED:
+            if len(self._answering) < UNANSWERED:
                 self._transport.resume_reading()
             else:
                 self._transport.pause_reading()
@@ -110,41 +109,6 @@ class Connection(asyncio.Protocol):
         del received[:end]
         return body
 
-    def _answer(self, request: wire.Request) -> None:
-        seq: int = getattr(request, "seq", 0)
-        try:
-            answer = self._conversation.answer(request)
-        except WireError:
-            raise
-        except Exception as error:
-            self.send(_refused(seq, error))
-            return
-        if not isinstance(answer, Awaitable):
-            if answer is not None:
-                self.send(answer)
-            return
-        task = asyncio.get_running_loop().create_task(self._finish(seq, answer))
-        self._unanswered.add(task)
-        task.add_done_callback(partial(self._finished, answer))
-
-    async def _finish(self, seq: int, answer: Awaitable[wire.Reply | None]) -> None:
-        try:
-            reply = await answer
-        except Exception as error:
-            reply = _refused(seq, error)
-        if reply is not None:
-            self.send(reply)
-
-    def _finished(self, answer: Awaitable[wire.Reply | None], task: asyncio.Task[None]) -> None:
-        self._unanswered.discard(task)
-        if isinstance(answer, Coroutine):  # which was never begun, where the client left at once
-            answer.close()
+    def _hear_more(self) -> None:
         if self._transport is not None and not self._over:
             self._hear()
-
-
-def _refused(seq: int, error: Exception) -> wire.Failed:
-    """A fault of ours costs one answer; raised, it would have asyncio close the socket."""
-    if not isinstance(error, KVStoreError):
-        log.error("a request failed", exc_info=error)
-    return failed(seq, error)

@@ -111,7 +111,8 @@ class DataConnection:
 
     def _answer(self, request: wire.Request) -> None:
         try:
-            self._talking().answering.answer(request)
+            if self._talking().answering.answer(request):
+                self._turns.release()
         except WireError as error:
             self._break(error)
 

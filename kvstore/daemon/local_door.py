@@ -12,17 +12,17 @@ import struct
 from kvstore import wire
 from kvstore.daemon.connection import Connection
 from kvstore.daemon.conversation import Conversation, failed
+from kvstore.daemon.hello import HELLO_S, understood
 from kvstore.daemon.service import Service
 from kvstore.daemon.session import Session
 from kvstore.daemon.socket_path import SocketPath
-from kvstore.errors import KVStoreError, RightsError, WireError
+from kvstore.errors import KVStoreError, RightsError
 from kvstore.tenant import LOCAL
 from kvstore.version import __version__
 
 log = logging.getLogger(__name__)
 
 PAUSE_S = 0.1  # where no more connections can be had
-HELLO_S = 5.0  # a client that has not said hello by then is sent away
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 
 
@@ -118,15 +118,7 @@ class LocalDoor:
 async def read_hello(client: socket.socket) -> wire.Hello:
     """The first message of a non-blocking socket, and no byte more. Raises WireError, OSError."""
     prefix = await _read(client, wire.LENGTH_BYTES)
-    request = wire.decode_request(await _read(client, wire.body_bytes(prefix)))
-    if not isinstance(request, wire.Hello):
-        raise WireError("the first message must be a hello")
-    if request.version != wire.VERSION:
-        raise WireError(
-            f"protocol version {request.version} is not spoken here, but {wire.VERSION}: "
-            "install the same kvstore on both sides"
-        )
-    return request
+    return understood(await _read(client, wire.body_bytes(prefix)))
 
 
 async def _read(client: socket.socket, nbytes: int) -> bytes:
