@@ -11,7 +11,9 @@ STAMP := .venv/.installed
 # machine whose cores are shared.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help venv demo test check lint proto bench bench-peers soak clean
+ENGINES := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvstore/engines
+
+.PHONY: help venv demo test test-engines check lint proto bench bench-peers soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -38,6 +40,10 @@ lint: $(STAMP)
 
 test: lint ## lint, types and every test but the soak
 	$(ONE_THREAD) $(BIN)/python -m pytest
+
+test-engines: $(STAMP) ## the connectors with the real engines; installs them once, 4 GB
+	PYTHON=$(PYTHON) tests/engines/install.sh "$(ENGINES)"
+	$(ONE_THREAD) KVSTORE_ENGINES="$(ENGINES)" $(BIN)/python -m pytest -m engines tests/engines
 
 check: lint ## lint, types, and the tests of the rules and the pure core: under a minute
 	$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_layers.py tests/test_tidy.py \

@@ -13,7 +13,7 @@ Written against vLLM 0.32. docs/connectors.md has the settings and what is not s
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -22,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvstore.connectors.vllm_events import Events
 from kvstore.connectors.vllm_jobs import Done, Orders, Ready
 from kvstore.connectors.vllm_namespace import model_namespace
 from kvstore.connectors.vllm_options import SharedStore, read_options
@@ -30,6 +31,7 @@ from kvstore.connectors.vllm_scheduler import Scheduler
 from kvstore.connectors.vllm_stats import KVStorePromMetrics, KVStoreStats
 from kvstore.connectors.vllm_worker import Worker
 from kvstore.errors import InputError, LayoutError, SettingsError
+from kvstore.store import BlockStore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +69,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._shared: SharedStore | None = None
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
+        self._events: Events | None = None
         try:
             self._namespace = model_namespace(vllm_config, kv_cache_config, options)
         except InputError as refusal:
@@ -75,7 +78,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._shared = SharedStore(options)
         if role == KVConnectorRole.WORKER:
             self._worker = Worker(self._shared.store, options.deadline_s, parallel.rank == 0)
-        elif transfer.kv_load_failure_policy != "recompute":
+            return
+        events, store = vllm_config.kv_events_config, self._shared.store
+        if events is not None and events.enable_kv_cache_events and isinstance(store, BlockStore):
+            self._events = Events(store.feed, self._namespace)
+        if transfer.kv_load_failure_policy != "recompute":
             log.warning(
                 'kvstore: kv_load_failure_policy is "fail": a block that is lost between lookup '
                 'and load ends its request with an error; "recompute" computes it'
@@ -180,9 +187,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         )
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        done = connector_output.kv_connector_worker_meta
-        if self._scheduler is not None and isinstance(done, Done):
-            self._scheduler.heard(done)
+        if self._scheduler is not None:
+            done = connector_output.kv_connector_worker_meta
+            self._scheduler.heard(done if isinstance(done, Done) else None)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -195,6 +202,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, [])
+
+    def take_events(self) -> Iterable[Any]:
+        return () if self._events is None else list(self._events.take())
 
     def reset_cache(self) -> bool:
         """As after a change of weights: what was stored before is not found any more."""

@@ -30,7 +30,6 @@ class Question:
     ready: int = -1  # tokens in RAM, when we last looked
     progress_s: float = 0.0
     tokens: int | None = None  # the answer
-    answered_s: float = 0.0
 
 
 class Lookups:
@@ -66,16 +65,20 @@ class Lookups:
             self._accounts.count("late_lookups")
             self._accounts.say("late", "the store does not answer, going on without it")
             self._stuck = question.future
-            return self._settle(question, 0, now_s)
+            question.tokens = 0
+            return 0
         except Exception as error:
             self._accounts.store_failed("lookup", error)
-            return self._settle(question, 0, now_s)
+            question.tokens = 0
+            return 0
         if found.ready_tokens >= found.tokens:
-            return self._settle(question, found.tokens, now_s)
+            question.tokens = found.tokens
+            return found.tokens
         if found.ready_tokens > question.ready:
             question.ready, question.progress_s = found.ready_tokens, now_s
         elif now_s - question.progress_s > STALLED_S:
-            return self._settle(question, found.ready_tokens, now_s)
+            question.tokens = found.ready_tokens
+            return found.ready_tokens
         if now_s - question.asked_s > ROUND_S:
             question.asked_s = now_s
             question.future = self._thread.submit(
@@ -84,15 +87,11 @@ class Lookups:
         return None
 
     def is_fresh(self, question: Question) -> bool:
-        """Whether it is still open, or was answered a moment ago."""
-        return question.tokens is None or time.monotonic() - question.answered_s < FRESH_S
+        """Whether the store was asked a moment ago."""
+        return time.monotonic() - question.asked_s < FRESH_S
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _settle(self, question: Question, tokens: int, now_s: float) -> int:
-        question.tokens, question.answered_s = tokens, now_s
-        return tokens
 
 
 def _look(connector: Connector, chain: Chain, start: int) -> Found:

@@ -13,6 +13,7 @@ from kvstore.connectors.connector import Connector
 from kvstore.connectors.vllm_jobs import Done, Job, Orders
 from kvstore.connectors.vllm_lookups import GRACE_S, Lookups, Question
 from kvstore.connectors.vllm_namespace import RequestNamespaces
+from kvstore.connectors.vllm_prefill import PrefillClock
 from kvstore.connectors.vllm_stats import KVStoreStats
 from kvstore.hashing import TokenChain
 from kvstore.identity import Namespace
@@ -66,6 +67,7 @@ class Scheduler:
         self._accounts = Accounts()
         self._reported = self._accounts.stats()
         self._lookups = Lookups(self._accounts)
+        self._prefill = PrefillClock()
         self._namespaces = RequestNamespaces(model, salt)
         self._connectors: dict[Namespace, Connector] = {}
         self._requests: dict[str, Tracked | None] = {}
@@ -108,6 +110,13 @@ class Scheduler:
     def orders(self, output: SchedulerOutput, pages_of: Callable[[str], list[int]]) -> Orders:
         """What the workers do in this step, of which `pages_of` tells a request's pages."""
         pending, self._pending = self._pending, Pending()
+        scheduled = output.num_scheduled_tokens
+        positions = [
+            tracked.request.num_computed_tokens
+            for each in scheduled
+            if (tracked := self._requests.get(each)) is not None
+        ]
+        self._prefill.step_begins(len(scheduled), output.total_num_scheduled_tokens, sum(positions))
         orders = Orders(
             loads=pending.loads,
             saves=self._saves(output, pages_of),
@@ -141,7 +150,11 @@ class Scheduler:
             tracked.saved = stop
         return saves
 
-    def heard(self, done: Done) -> None:
+    def heard(self, done: Done | None) -> None:
+        """A step has ended, and this is what the workers say."""
+        self._prefill.step_has_ended()
+        if done is None:
+            return
         for request_id, number in done.saves.items():
             if (tracked := self._requests.get(request_id)) is not None:
                 tracked.saving -= number
@@ -217,6 +230,8 @@ class Scheduler:
         if connector is None:
             while len(self._connectors) >= CONNECTORS:  # tenants come and go
                 del self._connectors[next(iter(self._connectors))]
-            connector = Connector(self._store, namespace, accounts=self._accounts)
+            connector = Connector(
+                self._store, namespace, prefill=self._prefill.cost, accounts=self._accounts
+            )
             self._connectors[namespace] = connector
         return connector

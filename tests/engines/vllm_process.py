@@ -1,0 +1,126 @@
+"""vLLM on the CPU in a process of its own, asked by lines. Runs in vLLM's environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from benchmarks.workers.lines import serve
+
+
+class VllmProcess:
+    """One model, greedy, with scheduler and worker in this process."""
+
+    def __init__(self, folder: str, arguments: dict[str, Any], transfer: dict[str, Any]) -> None:
+        vllm: Any = import_module("vllm")
+        self._params: Any = vllm.SamplingParams
+        if transfer:
+            arguments["kv_transfer_config"] = vllm.config.KVTransferConfig(
+                kv_connector="KVStoreConnector",
+                kv_connector_module_path="kvstore.connectors.vllm",
+                kv_role="kv_both",
+                **transfer,
+            )
+        self._llm = vllm.LLM(
+            model=folder,
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            distributed_executor_backend="uni",
+            disable_log_stats=False,
+            **{"dtype": "float32", "max_model_len": 2048, **arguments},
+        )
+
+    @property
+    def _core(self) -> Any:
+        return self._llm.llm_engine.engine_core.engine_core
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], tokens: int, salts: Sequence[str] = ()
+    ) -> list[list[int]]:
+        """The new tokens of each prompt, all of them asked for at once."""
+        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        for prompt, salt in zip(asked, salts, strict=False):
+            prompt["cache_salt"] = salt  # type: ignore[assignment]
+        params = self._params(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        outputs = self._llm.generate(asked, params, use_tqdm=False)
+        self.settle()
+        self.finish_reasons = [output.outputs[0].finish_reason for output in outputs]
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def reasons(self) -> list[str]:
+        """Why each of the last answers has ended."""
+        return self.finish_reasons
+
+    def timed(self, prompt: Sequence[int], tokens: int) -> float:
+        """Seconds until the prompt has `tokens` new tokens."""
+        start_s = time.perf_counter()
+        self.generate([prompt], tokens)
+        return time.perf_counter() - start_s
+
+    def settle(self) -> None:
+        """Step until the pages of all finished requests have been given back."""
+        while self._core.scheduler.requests:
+            self._llm.llm_engine.step()
+
+    def abort(self, prompt: Sequence[int], steps: int) -> int:
+        """Begin with a prompt, drop it after some steps; the requests that are left then."""
+        params = self._params(temperature=0.0, max_tokens=64, ignore_eos=True, detokenize=False)
+        engine = self._llm.llm_engine
+        engine.add_request("dropped", {"prompt_token_ids": list(prompt)}, params)
+        for _ in range(steps):
+            engine.step()
+        engine.abort_request(["dropped"])
+        self.settle()
+        return len(self._core.scheduler.requests)
+
+    def reset(self, connector: bool = False) -> bool:
+        """Forget the prefix cache in vLLM's own memory; with `connector`, the store's blocks."""
+        return bool(self._llm.reset_prefix_cache(reset_connector=connector))
+
+    def kill_at_load(self, pid: int) -> None:
+        """The next time that blocks are to be loaded, that process dies just before."""
+        worker: Any = import_module("kvstore.connectors.vllm_worker").Worker
+        start_loads = worker.start_loads
+
+        def killing(self: Any, orders: Any) -> None:
+            if orders.loads:
+                os.kill(pid, signal.SIGKILL)
+                worker.start_loads = start_loads
+            start_loads(self, orders)
+
+        worker.start_loads = killing
+
+    def preemptions(self) -> float:
+        return self.metrics().get("vllm:num_preemptions", 0)
+
+    def metrics(self) -> dict[str, float]:
+        """Counters by name and, of ours, by the label that is theirs alone."""
+        found: dict[str, float] = {}
+        for metric in self._llm.get_metrics():
+            if not hasattr(metric, "value"):
+                continue
+            own = [v for k, v in metric.labels.items() if k in ("tier", "reason")]
+            name = " ".join([metric.name, *own])
+            found[name] = found.get(name, 0) + metric.value
+        return found
+
+    def end(self) -> None:
+        """Shut down as vLLM does."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def build() -> dict[str, Any]:
+    folder, arguments, transfer = sys.argv[1:]
+    process = VllmProcess(folder, json.loads(arguments), json.loads(transfer))
+    verbs = ("generate", "reasons", "timed", "abort", "reset", "kill_at_load", "metrics", "end")
+    return {verb: getattr(process, verb) for verb in verbs}
+
+
+if __name__ == "__main__":
+    serve(build)
