@@ -17,10 +17,12 @@ from kvstore.client.client import StoreClient
 from kvstore.errors import ClosedError, RequestError
 from kvstore.retention import Retention
 from kvstore.tier import Miss
+from kvstore.verbs import Store
 from kvstore.wire import MAX_KEYS
 from tests.daemon.conftest import MakeProcess
 from tests.daemon.doors import Daemon, DaemonProcess
 from tests.daemon.subjects import pinned, put_behind, right
+from tests.daemon.victim import work
 from tests.store.rig import BLOCK, PATIENCE_S, Rig, chain, check_bytes, fill, get, put, used
 
 HASTY_S = 0.5
@@ -256,7 +258,9 @@ def test_a_daemon_that_comes_back_serves_what_is_on_nvme(make_process: MakeProce
 # ---- one client, many threads and processes
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "seed", [*range(5), *(pytest.param(n, marks=pytest.mark.soak) for n in range(5, 55))]
+)
 def test_closed_while_others_use_it(daemon: Daemon, rig: Rig, seed: int) -> None:
     """What they hold is theirs until they give it back; nothing is left after that."""
     random = Random(seed)
@@ -282,6 +286,52 @@ def test_closed_while_others_use_it(daemon: Daemon, rig: Rig, seed: int) -> None
         for each in working:
             each.result(PATIENCE_S)
     all_is_given_back(daemon, rig)
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(2), *(pytest.param(n, marks=pytest.mark.soak) for n in range(2, 22))]
+)
+def test_lost_again_and_again_while_others_use_it(daemon: Daemon, rig: Rig, seed: int) -> None:
+    """A daemon that hangs now and then, and serves others meanwhile: no wrong byte for anyone."""
+    stop = threading.Event()
+
+    def go_on(store: Store, number: int) -> None:
+        random = Random(number)
+        while not stop.is_set():
+            work(store, random)
+
+    with daemon.connect(timeout_s=0.05) as client, ThreadPoolExecutor(5) as threads:
+        going = [threads.submit(go_on, client, 10 * seed + number) for number in range(4)]
+        going.append(threads.submit(go_on, rig.store, 10 * seed + 4))
+        try:
+            for _ in range(6):
+                with daemon.wedged():
+                    while client.is_connected:
+                        stop.wait(0.005)
+                until_reconnected(client)
+        finally:
+            stop.set()
+        for each in going:
+            each.result(PATIENCE_S)
+    all_is_given_back(daemon, rig)
+    assert rig.ram.slots.space.used_bytes == len(rig.ram.slots) * BLOCK
+
+
+def test_garbage_may_be_collected_at_any_time(client: StoreClient, rig: Rig) -> None:
+    """Also by the thread that is sending or hearing just then: nothing is sent from there."""
+    put_behind(rig, chain(4))
+    lost: list[object] = [client.acquire(chain(4)), client.reserve(chain(2, seed=1))]
+    lost.append(lost)  # only the collector finds it
+    link = client._link
+    assert link is not None
+    with link.connection._sending, link.connection.turn:
+        del lost
+        gc.collect()
+        assert len(link.abandoned) == 2
+    client.probe(chain(1))
+    client.probe(chain(1))
+    assert pinned(rig) == 0
+    assert rig.ram.slots.space.used_bytes == 4 * BLOCK
 
 
 def test_a_forked_process_leaves_the_client_alone(
