@@ -41,7 +41,7 @@ KNOWN_ARGUMENTS = {
 # What a generation config may say of the cache and of who writes to it; None is always right.
 PLAIN: Mapping[str, tuple[Any, ...]] = {
     "assistant_early_exit": (),
-    "cache_implementation": ("dynamic",),
+    "cache_implementation": (),
     "dola_layers": (),
     "guidance_scale": (1, 1.0),
     "low_memory": (False,),

@@ -270,6 +270,7 @@ REFUSED_ARGUMENTS: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 2},
     "several answers": {"num_return_sequences": 2, "do_sample": True},
     "static cache": {"cache_implementation": "static"},
+    "named cache": {"cache_implementation": "dynamic"},
     "no cache": {"use_cache": False},
     "lookup decoding": {"prompt_lookup_num_tokens": 2},
     "config": {"generation_config": GenerationConfig(num_beams=2, max_new_tokens=4)},
