@@ -1,4 +1,4 @@
-"""What `kv_connector_extra_config` may say, and the store that it names."""
+"""What an engine's settings for its connector may say, and the store that they name."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kvstore.identity import Namespace
 from kvstore.verbs import Store
 
 BLOCK_TOKENS = 16
+WHERE = "kv_connector_extra_config"
 _OF_A_DAEMON = ("token", "ca", "certificate", "key")
 
 
@@ -31,45 +32,48 @@ class Options:
     namespace: Namespace | None = None
 
 
-def read_options(given: Mapping[str, Any]) -> Options:
-    """Raises SettingsError for what makes no sense; settings of a store are looked at later."""
+def read_options(given: Mapping[str, Any], where: str = WHERE) -> Options:
+    """`where` is what people call the settings. Those of a store are looked at later.
+
+    Raises SettingsError for what makes no sense.
+    """
     rest = dict(given)
     url, salt = rest.pop("url", ""), rest.pop("salt", "")
     credentials = {name: rest.pop(name) for name in _OF_A_DAEMON if name in rest}
     texts = {"url": url, "salt": salt, **credentials}
     wrong = [name for name, value in texts.items() if not isinstance(value, str)]
     if wrong:
-        raise SettingsError(f"kv_connector_extra_config: {', '.join(wrong)} must be a text")
+        raise SettingsError(f"{where}: {', '.join(wrong)} must be a text")
     if credentials and not url:
-        raise SettingsError("kv_connector_extra_config: credentials, but no url")
+        raise SettingsError(f"{where}: credentials, but no url")
     block_tokens = rest.pop("block_tokens", BLOCK_TOKENS)
     if type(block_tokens) is not int or block_tokens < 1:
-        raise SettingsError(f"kv_connector_extra_config: block_tokens is {block_tokens!r}")
+        raise SettingsError(f"{where}: block_tokens is {block_tokens!r}")
     deadline_s = rest.pop("deadline_s", DEADLINE_S)
     if not isinstance(deadline_s, int | float) or not deadline_s > 0:
-        raise SettingsError(f"kv_connector_extra_config: deadline_s is {deadline_s!r}")
-    namespace = _namespace(rest.pop("namespace", None))
+        raise SettingsError(f"{where}: deadline_s is {deadline_s!r}")
+    namespace = _namespace(rest.pop("namespace", None), where)
     if url and rest:
         raise SettingsError(
-            f"kv_connector_extra_config: {', '.join(rest)} is for a store of this process's own, "
+            f"{where}: {', '.join(rest)} is for a store of this process's own, "
             f"but url names a daemon"
         )
     if not url and not rest:
         raise SettingsError(
-            "kv_connector_extra_config names no store: give the url of a daemon, or settings such "
+            f"{where} names no store: give the url of a daemon, or settings such "
             "as ram_bytes and nvme_path"
         )
     return Options(url, credentials, rest, block_tokens, salt, float(deadline_s), namespace)
 
 
-def _namespace(given: object) -> Namespace | None:
+def _namespace(given: object, where: str) -> Namespace | None:
     """A namespace's JSON, as a text or as the object it stands for."""
     if given is None:
         return None
     try:
         return Namespace.from_json(given if isinstance(given, str) else json.dumps(given))
     except (TypeError, ValueError, LayoutError) as error:
-        raise SettingsError(f"kv_connector_extra_config: namespace: {error}") from error
+        raise SettingsError(f"{where}: namespace: {error}") from error
 
 
 class _Open:

@@ -43,7 +43,7 @@ PACKAGES: dict[str, str] = {
     "tokenizers": "engine",
     "torch": "kernels hbm engine connectors",
     "transformers": "connectors",
-    **dict.fromkeys(("huggingface_hub", "vllm"), "connectors"),
+    **dict.fromkeys(("huggingface_hub", "sglang", "vllm"), "connectors"),
 }
 
 
