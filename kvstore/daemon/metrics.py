@@ -166,6 +166,23 @@ class StatusCollector(Collector):
             for reason in REASONS:
                 misses.add_metric([tenant, reason], blocks.get(f"miss_{reason}", 0))
         yield from (asked, hits, misses)
+        yield from self._quotas()
+
+    def _quotas(self) -> Iterator[Metric]:
+        quotas = sorted(self._status.quotas.items())
+        if not quotas:
+            return
+        text = "Bytes of blocks that the tenant holds, wherever they lie."
+        held = {tenant: use.held_bytes for tenant, use in quotas}
+        yield _gauges("tenant_held_bytes", text, "tenant", held)
+        limits = {tenant: use.quota_bytes for tenant, use in quotas}
+        yield _gauges("tenant_quota_bytes", "What the tenant may hold.", "tenant", limits)
+        text = "The tenant's own blocks that made room for others of its own."
+        evicted = {tenant: use.evicted for tenant, use in quotas}
+        yield _counters("tenant_quota_evicted_blocks", text, "tenant", evicted)
+        text = "Blocks that the tenant may not write: its quota is used up by what is leased."
+        refused = {tenant: use.refused for tenant, use in quotas}
+        yield _counters("tenant_quota_refused_blocks", text, "tenant", refused)
 
     def _drive(self) -> Iterator[Metric]:
         nvme = self._status.stats.nvme

@@ -99,6 +99,7 @@ def _tenants(status: Status) -> dict[str, Any]:
             "asked": blocks.get("asked", 0),
             "hits": {tier: blocks.get(f"hit_{tier}", 0) for tier in (RAM, NVME)},
             "sessions": sum(client.tenant == name for client in status.clients),
+            "quota": status.quotas[name]._asdict() if name in status.quotas else None,
         }
         for name, blocks in busiest
     ]

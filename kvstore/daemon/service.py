@@ -42,7 +42,7 @@ class Service:
         self.limits = limits or Limits()
         self.sessions: set[Session] = set()
         self.tenant_blocks: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self._quotas: dict[str, Quota] = {}
+        self.quotas: dict[str, Quota] = {}  # of those who have one, and have come
         self.started_s = time.monotonic()
         self.checking = asyncio.Lock()  # whose turn it is to have blocks checked
         self.hot = HotPrefixes()
@@ -109,9 +109,9 @@ class Service:
         """The tenant's, which all its sessions share. Reads the store's tables the first time."""
         if tenant.quota_bytes is None:
             return None
-        if tenant.name not in self._quotas:
-            self._quotas[tenant.name] = Quota(self.store, tenant, tenant.quota_bytes)
-        return self._quotas[tenant.name]
+        if tenant.name not in self.quotas:
+            self.quotas[tenant.name] = Quota(self.store, tenant, tenant.quota_bytes)
+        return self.quotas[tenant.name]
 
     def stats_of(self, tenant: Tenant) -> Stats:
         """What concerns nobody else: blocks served and missed, and what it holds of its quota."""

@@ -20,6 +20,15 @@ class Client(NamedTuple):
     in_flight_bytes: int
 
 
+class QuotaUse(NamedTuple):
+    """Of one tenant that has a quota. The counters are of blocks."""
+
+    held_bytes: int
+    quota_bytes: int
+    evicted: int  # its own, to make room for others of its own
+    refused: int  # for which no room could be made
+
+
 class Status(NamedTuple):
     """Plain values, taken in one go; nothing in it changes any more."""
 
@@ -28,6 +37,7 @@ class Status(NamedTuple):
     usage: list[NamespaceUsage]
     clients: list[Client]
     tenants: Mapping[str, Mapping[str, int]]  # blocks by "asked", "hit_<tier>", "miss_<reason>"
+    quotas: Mapping[str, QuotaUse]
 
 
 def read_status(service: Service) -> Status:
@@ -47,6 +57,15 @@ def read_status(service: Service) -> Status:
             for session in service.sessions
         ],
         {tenant: dict(blocks) for tenant, blocks in service.tenant_blocks.items()},
+        {
+            tenant: QuotaUse(
+                quota.held_bytes,
+                quota.limit_bytes,
+                quota.counters["quota_evicted_blocks"],
+                quota.counters["quota_refused_blocks"],
+            )
+            for tenant, quota in service.quotas.items()
+        },
     )
 
 
