@@ -25,7 +25,7 @@ from tests.daemon.subjects import pinned, put_behind, right
 from tests.daemon.victim import work
 from tests.store.rig import BLOCK, PATIENCE_S, Rig, chain, check_bytes, fill, get, put, used
 
-HASTY_S = 0.5
+HASTY_S = 1.0
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def hasty(daemon: Daemon) -> Iterator[StoreClient]:
 
 def until_reconnected(client: StoreClient) -> None:
     """Bounded by what the client's own thread waits between attempts."""
-    for _ in range(100):
+    for _ in range(600):
         if client.is_connected:
             return
         client._closing.wait(0.1)
