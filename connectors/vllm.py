@@ -155,7 +155,12 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self._scheduler = Scheduler(
-            self._shared.store, self._namespace, self._salt, spec.block_size, parallel.world_size
+            self._shared.store,
+            self._namespace,
+            self._salt,
+            spec.block_size,
+            parallel.world_size,
+            self._kv_transfer_config.kv_role,
         )
         log.info("kvstore: in use, namespace %s", self._namespace.fingerprint.hex())
 

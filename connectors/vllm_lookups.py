@@ -91,7 +91,12 @@ class Lookups:
         return time.monotonic() - question.asked_s < FRESH_S
 
     def close(self) -> None:
+        """Ask nothing more. A question that is being asked is not waited for; see `join`."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def join(self) -> None:
+        """After `close`: wait for the question that was being asked."""
+        self._thread.shutdown()
 
 
 def _look(connector: Connector, chain: Chain, start: int) -> Found:

@@ -56,14 +56,24 @@ class Scheduler:
     """Belongs to vLLM's scheduler thread, and never waits for the store."""
 
     def __init__(
-        self, store: Store, model: Namespace, salt: str, page_tokens: int, workers: int
+        self,
+        store: Store,
+        model: Namespace,
+        salt: str,
+        page_tokens: int,
+        workers: int,
+        role: str = "kv_both",
     ) -> None:
-        """`page_tokens` are those of vLLM's blocks. The store is borrowed."""
+        """`page_tokens` are those of vLLM's blocks. The store is borrowed.
+
+        `role` is vLLM's: "kv_producer" loads nothing, "kv_consumer" saves nothing.
+        """
         self._store = store
         self._model = model
         self._salt = salt
         self._page_tokens = page_tokens
         self._workers = workers
+        self._role = role
         self._accounts = Accounts()
         self._reported = self._accounts.stats()
         self._lookups = Lookups(self._accounts)
@@ -78,13 +88,13 @@ class Scheduler:
     def arrived(self, request: Request) -> None:
         """Look its prompt up, so that what is not in RAM is on its way while it waits."""
         tracked = self._track(request)
-        if tracked is not None:
+        if tracked is not None and self._role != "kv_producer":
             self._ask(tracked, 0)
 
     def matched(self, request: Request, start: int) -> int | None:
         """How many tokens after the first `start` to load; None: ask again in the next step."""
         tracked = self._track(request)
-        if tracked is None or tracked.load_failed:
+        if tracked is None or tracked.load_failed or self._role == "kv_producer":
             return 0
         question = tracked.question
         if question is None or question.start != start or not self._lookups.is_fresh(question):
@@ -133,7 +143,9 @@ class Scheduler:
 
     def _saves(self, output: SchedulerOutput, pages_of: Callable[[str], list[int]]) -> list[Job]:
         """Full blocks that this step completes, of tokens that are known: drafts are left out."""
-        saves = []
+        saves: list[Job] = []
+        if self._role == "kv_consumer":
+            return saves
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = self._requests.get(request_id)
             if tracked is None:
