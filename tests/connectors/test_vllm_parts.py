@@ -138,7 +138,7 @@ def test_a_store_that_does_not_answer_is_not_asked_again(tmp_path: Path) -> None
 
 
 def request(**fields: Any) -> Any:
-    common = {"mm_features": [], "prompt_embeds": None, "pooling_params": None}
+    common: dict[str, Any] = {"mm_features": [], "prompt_embeds": None, "pooling_params": None}
     return SimpleNamespace(**{**common, "cache_salt": None, "lora_request": None, **fields})
 
 
