@@ -9,8 +9,8 @@ import click
 
 from kvstore.cli.options import json_option
 from kvstore.cli.prompt import NAMING_KEYS
-from kvstore.cli.selection import BATCH_BLOCKS, Selection, batches, selection_options
-from kvstore.cli.target import WHICH, Place, opened, place_options
+from kvstore.cli.selection import BATCH_BLOCKS, Selection, batches, parts, selection_options
+from kvstore.cli.target import WHICH, Opened, Place, opened, place_options
 from kvstore.errors import InputError
 from kvstore.quantities import parse_time
 
@@ -46,9 +46,12 @@ def evict(place: Place, settings: Settings, selection: Selection, as_json: bool)
 
     _check(selection)
     with opened(place, settings) as store:
-        chosen = selection.of(Listing.of(store.inventory)).held.rows
-        keys = names(chosen["key"])
-        count = evict_all(store.inventory, keys)
+        if selection.chain is None:
+            chosen = selection.of(Listing.of(store.inventory)).held.rows
+            count = evict_all(store.inventory, names(chosen["key"]))
+        else:
+            count = sum(store.store.evict(part) for part in reversed(parts(selection.chain)))
+        _check_connected(store)
     if as_json:
         print_json({"store": str(place), "blocks": count})
     else:
@@ -93,11 +96,14 @@ def retain(
     retention = Retention(priority, None if ttl is None else time_option("--ttl", ttl))
     total = Retained(0, 0, 0, 0)
     with opened(place, settings) as store:
-        for chain in batches(selection.of(Listing.of(store.inventory))):
+        if selection.chain is None:
+            chains = list(batches(selection.of(Listing.of(store.inventory))))
+        else:
+            chains = parts(selection.chain)
+        for chain in chains:
             done = store.store.retain(chain, retention)
             total = Retained(*(a + b for a, b in zip(total, done, strict=True)))
-        if store.client is not None:
-            store.client.check_connected()
+        _check_connected(store)
     if as_json:
         print_json({"store": str(place), **total._asdict()})
     else:
@@ -128,6 +134,12 @@ def time_option(flag: str, text: str) -> float:
     if not 0 < seconds <= MAX_TIME_S:
         raise InputError(f"{flag} {text!r}: must be more than none, and at most a century")
     return seconds
+
+
+def _check_connected(store: Opened) -> None:
+    """What a daemon that is away was asked, it has not done."""
+    if store.client is not None:
+        store.client.check_connected()
 
 
 def _check(selection: Selection) -> None:

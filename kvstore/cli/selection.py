@@ -110,3 +110,8 @@ def batches(listing: Listing) -> Iterator[Chain]:
         for start in range(0, len(keys), BATCH_BLOCKS):
             batch = tuple(keys[start : start + BATCH_BLOCKS])
             yield Chain(namespace, mine[batch[0]], batch)
+
+
+def parts(chain: Chain) -> list[Chain]:
+    """A chain in pieces of a batch each."""
+    return [chain.slice(i, i + BATCH_BLOCKS) for i in range(0, len(chain), BATCH_BLOCKS)]

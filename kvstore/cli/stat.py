@@ -120,7 +120,7 @@ def _show_daemon(report: Mapping[str, Any]) -> None:
     asked, served = counts(report)
     show(f"{asked} blocks asked for{': ' if asked else ''}{served}\n")
     sessions = report["sessions"]
-    show(f"{len(sessions)} clients, this one among them\n")
+    show(f"clients: {len(sessions)}, this one among them\n")
     for each in sessions:
         show(
             f"  {each['peer']}, {each['tenant']}: {each['leases']} leases, "

@@ -76,6 +76,12 @@ def _options(
         def with_place(*args: Any, settings: Settings, store: str | None, **options: Any) -> Any:
             directory = options.pop("directory", None)
             place = choose(directory, store, settings)
+            if not with_directory and (place is None or place.url is None):
+                raise InputError("no daemon is running here: give its URL as --store")
+            if place is None:
+                raise InputError(
+                    "which store? give DIR, or the URL of a daemon as --store; none is running here"
+                )
             return command(*args, place=place, settings=settings, **options)
 
         decorated = _store(settings_options(*keys)(with_place))
@@ -84,8 +90,11 @@ def _options(
     return decorate
 
 
-def choose(directory: Path | None, store: str | None, settings: Settings) -> Place:
-    """What was asked for, or what is running, or what the settings name. Raises InputError."""
+def choose(directory: Path | None, store: str | None, settings: Settings) -> Place | None:
+    """What was asked for, or what is running, or what the settings name, if anything.
+
+    Raises InputError for what cannot be.
+    """
     if directory is not None and store is not None:
         raise InputError("DIR and --store do not go together: a daemon has its own directory")
     if directory is not None:
@@ -97,9 +106,7 @@ def choose(directory: Path | None, store: str | None, settings: Settings) -> Pla
     running = _running_daemon(settings)
     if running is not None:
         return Place(f"unix://{running}")
-    if settings.nvme.path is not None:
-        return Place(None, settings.nvme.path)
-    raise InputError("which store? give DIR, or the --store URL of a daemon; none is running here")
+    return None if settings.nvme.path is None else Place(None, settings.nvme.path)
 
 
 def _running_daemon(settings: Settings) -> Path | None:

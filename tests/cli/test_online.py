@@ -149,7 +149,7 @@ def test_a_daemon_that_cannot_be_reached(here: Callable[..., Done], tmp_path: Pa
         (["--store", "/run/kvstore.sock"], "give unix:///path/to/socket or kvstore://host:port"),
         (["--store", ""], "'' names no daemon"),
         (["--store", "http://[::1"], "names no daemon"),
-        ([], "which store? give DIR, or the --store URL of a daemon"),
+        ([], "which store? give DIR, or the URL of a daemon as --store"),
     ],
 )
 def test_what_names_no_store(here: Callable[..., Done], args: list[str], expected: str) -> None:

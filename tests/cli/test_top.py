@@ -108,7 +108,7 @@ def test_live_in_a_terminal(home: Path, process: DaemonProcess, how: str) -> Non
 
 
 def test_bad_input(here: Callable[..., Done], process: DaemonProcess) -> None:
-    refused(here("top"), "which store?")
+    refused(here("top"), "no daemon is running here: give its URL as --store")
     refused(here("top", "--set", "nvme.path=/nowhere"), "no daemon is running here")
     refused(here("top", "--json", "--store", process.url), "--json goes with --once")
     refused(here("top", "--store", process.url), "this needs a terminal; --once")
