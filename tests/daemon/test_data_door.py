@@ -151,20 +151,51 @@ def test_a_block_is_pinned_until_it_has_gone_out(large_daemon: DataDaemon) -> No
         large_daemon.until(lambda: not pinned(large_daemon))
 
 
+def stats_after(raw: RawClient, seq: int) -> int:
+    """How many blocks came before the answer; they are taken in."""
+    raw.say(wire.GetStats(seq))
+    blocks = 0
+    while not isinstance(reply := raw.hear(), wire.Answered):
+        assert isinstance(reply, wire.Payload)
+        raw.take(reply.payload_bytes)
+        blocks += reply.blocks
+    return blocks
+
+
 def test_who_wants_no_more_gets_no_more(large_daemon: DataDaemon) -> None:
-    blocks = chain(24, namespace=LARGE)
     with RawClient(large_daemon) as raw:
         raw.hear()
-        leased = raw.about(wire.Acquire, blocks)
+        leased = raw.about(wire.Acquire, chain(24, namespace=LARGE))
         raw.say(wire.Release(leased.lease))
-        heard = 0
-        raw.say(wire.GetStats(99))
-        while not isinstance(reply := raw.hear(), wire.Answered):
+        # Words overtake blocks, but for the piece that is being sent: six would let all through.
+        assert sum(stats_after(raw, seq) for seq in range(99, 105)) < 24
+        large_daemon.until(lambda: not pinned(large_daemon))
+
+
+def test_blocks_that_are_being_sent_stay_pinned(large_daemon: DataDaemon) -> None:
+    with RawClient(large_daemon) as raw:
+        raw.hear()
+        leased = raw.about(wire.Acquire, chain(24, namespace=LARGE))
+        number = raw.open(chain(1, namespace=LARGE))
+        (session,) = large_daemon.service.sessions
+        large_daemon.until(lambda: writer_is_stuck(large_daemon))
+        raw.say(wire.Release(leased.lease))
+        keys = wire.pack_keys(chain(1, 1, LARGE).keys)
+        raw.say(wire.Reserve(98, number, LARGE.fingerprint, keys, 35, None))
+        large_daemon.until(lambda: bool(session.reservations))  # so the release was heard before
+        assert pinned(large_daemon) == 24
+        raw.say(wire.Abort(next(iter(session.reservations))))
+        raw.socket.settimeout(None)
+        while not isinstance(reply := raw.hear(), wire.Reserved):
             assert isinstance(reply, wire.Payload)
             raw.take(reply.payload_bytes)
-            heard += reply.blocks
-        assert heard < 24
         large_daemon.until(lambda: not pinned(large_daemon))
+
+
+def writer_is_stuck(daemon: DataDaemon) -> bool:
+    """Whether a piece of a lease is on its way, as it stays while the client does not read."""
+    (connection,) = daemon.data_door._connections
+    return connection._outbox._sending is not None
 
 
 def test_pins_are_back_when_a_client_dies_mid_stream(large_daemon: DataDaemon) -> None:
