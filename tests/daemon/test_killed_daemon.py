@@ -65,6 +65,8 @@ class Worker:
             while not self._told.is_set():
                 work(self.client, self._random)
                 self._turn.release()
+                if not self.client.is_connected:  # misses cost nothing: leave the cores to others
+                    self._told.wait(0.005)
         except BaseException as error:
             self.error = error
 
