@@ -334,6 +334,7 @@ def test_garbage_may_be_collected_at_any_time(client: StoreClient, rig: Rig) -> 
     assert rig.ram.slots.space.used_bytes == 4 * BLOCK
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_leaves_the_client_alone(
     daemon: Daemon, client: StoreClient, rig: Rig
 ) -> None:
