@@ -90,11 +90,13 @@ class Listing:
 
 
 def by_namespace(listing: Listing) -> list[dict[str, Any]]:
-    """What each namespace holds, the one that holds most first."""
+    """What each namespace holds that holds anything, the one that holds most first."""
     held = listing.held.rows
     summaries = []
     for fingerprint in listing.fingerprints():
         rows = held[owned(held, {fingerprint})]
+        if not len(rows):
+            continue
         known = listing.namespaces.get(fingerprint)
         tiers = {}
         for tier, table in listing.tables.items():
@@ -109,7 +111,7 @@ def by_namespace(listing: Listing) -> list[dict[str, Any]]:
                 "tokens": known.block_tokens * len(rows) if known else None,
                 "raw_bytes": int(rows["raw_bytes"].sum()),
                 "tiers": tiers,
-                "last_use_s": float(rows["last_use_s"].max()) if len(rows) else None,
+                "last_use_s": float(rows["last_use_s"].max()),
             }
         )
     return sorted(summaries, key=lambda each: each["raw_bytes"], reverse=True)

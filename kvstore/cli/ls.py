@@ -87,9 +87,9 @@ def show_namespaces(summaries: list[dict[str, Any]]) -> None:
         )
 
 
-def moment(seconds: float | None) -> str:
-    """A time of day and date for people; "" for none."""
-    return datetime.fromtimestamp(seconds).isoformat(" ", "seconds") if seconds else ""
+def moment(seconds: float) -> str:
+    """Date and time of day, for people."""
+    return datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
 
 
 def _show_chains(chains: list[dict[str, Any]]) -> None:

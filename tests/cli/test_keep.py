@@ -54,7 +54,7 @@ def held(here: Callable[..., Done], place: list[str]) -> dict[str, int]:
     """Blocks by model, when NVMe has been told of everything."""
     flushed(place)
     listed = here("ls", "--json", *place).data["namespaces"]
-    return {each["model"]: each["blocks"] for each in listed if each["blocks"]}
+    return {each["model"]: each["blocks"] for each in listed}
 
 
 def rows(here: Callable[..., Done], place: list[str]) -> list[dict[str, Any]]:

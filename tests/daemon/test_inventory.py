@@ -10,6 +10,7 @@ import pytest
 from kvstore import wire
 from kvstore.client.client import StoreClient
 from kvstore.client.inventory import ClientInventory
+from kvstore.compose import connect
 from kvstore.daemon.inventory import InventoryVerbs
 from kvstore.errors import ConnectionLostError, RequestError, RightsError
 from kvstore.frame import names
@@ -138,3 +139,19 @@ def test_a_daemon_that_is_away(daemon: Daemon, client: StoreClient) -> None:
     for ask in (inventory.tiers, inventory.status, lambda: inventory.evict([bytes(16)])):
         with pytest.raises(ConnectionLostError):
             ask()
+
+
+def test_checks_keep_a_pace_and_their_turn(
+    rig: Rig, daemon: Daemon, client: StoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer waits; one who does not wait for it is not in the way of the next."""
+    blocks = chain(6)
+    rig.store_below(blocks)
+    monkeypatch.setattr("kvstore.daemon.inventory.CHECKED_BYTES_PER_S", 1)
+    with (
+        connect(daemon.url, timeout_s=0.2) as impatient,
+        pytest.raises(ConnectionLostError, match="no answer within"),
+    ):
+        ClientInventory(impatient).check(blocks.keys)
+    monkeypatch.undo()
+    assert ClientInventory(client).check(blocks.keys).blocks == 6
