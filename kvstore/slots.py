@@ -290,9 +290,10 @@ class SlotTable:
         index.expires_s[rows] = 0.0
         index.rank[rows] = self.policy.admitted(rows)
         index.state[rows] = State.RESIDENT
-        self._hold(rows, 1)
+        nbytes = int(index.nbytes[rows].sum())
+        self._held[:, number] += (len(listed), nbytes)
         if batch.priority > DEFAULT_PRIORITY:
-            self.protected_bytes[number] += int(index.nbytes[rows].sum())
+            self.protected_bytes[number] += nbytes
         self._order.admit(listed, batch.keys, batch.parents)
         if self.listener is not None and listed:
             self.listener.stored(batch.namespace, batch.keys, batch.parents)
