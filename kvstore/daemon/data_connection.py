@@ -95,9 +95,10 @@ class DataConnection:
             finally:
                 self._loop.call_soon_threadsafe(self._thread_ended)
 
-        self._running += 1
-        self._threads.append(threading.Thread(target=run, name=name, daemon=True))
-        self._threads[-1].start()
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        thread.start()
+        self._running += 1  # it ends in this loop, so not before
+        self._threads.append(thread)
 
     def _welcome(self, hello: wire.Hello, stream: Stream) -> None:
         """Who is it? Raises RightsError, and RequestError where there are too many."""
@@ -110,11 +111,13 @@ class DataConnection:
         self._start(lambda: self._write(stream), "kvstore-data-write")
 
     def _answer(self, request: wire.Request) -> None:
+        over = True
         try:
-            if self._talking().answering.answer(request):
-                self._turns.release()
+            over = self._talking().answering.answer(request)
         except WireError as error:
             self._break(error)
+        if over:  # or the reader would wait for its turn for ever
+            self._turns.release()
 
     def _break(self, error: KVStoreError) -> None:
         """Say why, and nothing more."""

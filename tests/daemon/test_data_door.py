@@ -14,6 +14,7 @@ import pytest
 from kvstore import wire
 from kvstore.client.client import StoreClient
 from kvstore.compose import connect
+from kvstore.daemon.data_connection import UNANSWERED
 from kvstore.daemon.service import Limits
 from kvstore.errors import RequestError
 from kvstore.hashing import Chain
@@ -276,6 +277,15 @@ def test_who_breaks_the_protocol_is_told_and_leaves_nothing(
     data_daemon.until(lambda: not data_daemon.service.sessions)
     assert used_bytes(data_daemon) == 0
     assert rig.store.probe(chain(2)).prefix == 0
+
+
+def test_who_breaks_the_protocol_again_and_again_is_gone_all_the_same(
+    data_daemon: DataDaemon, raw: RawClient
+) -> None:
+    with data_daemon.wedged():  # so that all are read before the first is found to be wrong
+        raw.socket.sendall(2 * UNANSWERED * wire.encode(wire.Hello(wire.VERSION, "again")))
+    assert raw.ended()
+    data_daemon.until(lambda: not data_daemon.service.sessions)
 
 
 @pytest.mark.parametrize(
