@@ -72,6 +72,8 @@ async def _run(
         local = LocalDoor(service, path)
         doors.push_async_callback(local.close)
         tenants = network.tenants()
+        for tenant in tenants:  # now, and not when the first client waits for it
+            service.quota_of(tenant)
         if network.data is not None:
             sockets = listen(network.data, "daemon.listen")
             data = DataDoor(service, sockets, tenants, network.tls)

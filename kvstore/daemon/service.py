@@ -106,7 +106,7 @@ class Service:
             counted[f"miss_{reason.value}"] += len(asked) - len(lease)
 
     def quota_of(self, tenant: Tenant) -> Quota | None:
-        """The tenant's, which all its sessions share. Reads the store's tables the first time."""
+        """The tenant's, which its sessions share. The first time, the store's tables are read."""
         if tenant.quota_bytes is None:
             return None
         if tenant.name not in self.quotas:

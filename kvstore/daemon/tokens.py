@@ -20,7 +20,7 @@ import re
 import secrets
 import stat
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,10 @@ class Tenants:
     def __init__(self, records: Sequence[TokenRecord] = (), secret: bytes = b"") -> None:
         """`secret` is the server's (`secret_of`); each tenant's own is made from it."""
         self._tenants = [(record.sha256, _tenant(record, secret)) for record in records]
+
+    def __iter__(self) -> Iterator[Tenant]:
+        """One for each token; several may be the same tenant's."""
+        return (tenant for _, tenant in self._tenants)
 
     @property
     def are_known(self) -> bool:
