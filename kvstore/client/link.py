@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Ending = wire.Release | wire.Abort
 
+KEPT_NAMESPACES = 512  # numbers; a daemon remembers the last 1024 that were opened
+
 
 class Link(ABC):
     """What leases and reservations stand on; of use until the daemon is lost, and no longer.
@@ -85,7 +87,11 @@ class Link(ABC):
         number = self._namespaces.get(fingerprint)
         if number is None:
             opened = self.ask_alone(wire.OpenNamespace, record=chain.namespace.to_json())
-            number = self._namespaces[fingerprint] = opened.namespace
+            number = opened.namespace
+            with self.connection.turn:
+                if len(self._namespaces) >= KEPT_NAMESPACES:
+                    del self._namespaces[next(iter(self._namespaces))]
+                self._namespaces[fingerprint] = number
         seq = self.connection.next_seq()
         keys = wire.pack_keys(chain.keys)
         request = kind(seq, number, chain.parent, keys, **fields)

@@ -9,7 +9,7 @@ from functools import partial
 
 from kvstore import wire
 from kvstore.daemon.conversation import Conversation, failed
-from kvstore.errors import KVStoreError, WireError
+from kvstore.errors import KVStoreError, RequestError, WireError
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,7 @@ class Answering:
             self._unanswered.add(task)
             task.add_done_callback(partial(self._finished, answer))
             return False
-        if answer is not None:
-            self._send(answer)
+        self._say(seq, answer)
         return True
 
     def close(self) -> None:
@@ -65,8 +64,15 @@ class Answering:
             reply = await answer
         except Exception as error:
             reply = _refused(seq, error)
-        if reply is not None:
+        self._say(seq, reply)
+
+    def _say(self, seq: int, reply: wire.Reply | None) -> None:
+        if reply is None:
+            return
+        try:
             self._send(reply)
+        except WireError as error:  # longer than a frame may be: no fault of the client's
+            self._send(_refused(seq, RequestError(str(error))))
 
     def _finished(self, answer: Awaitable[wire.Reply | None], task: asyncio.Task[None]) -> None:
         self._unanswered.discard(task)

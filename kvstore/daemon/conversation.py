@@ -147,7 +147,11 @@ class Conversation:
 
         return populate()
 
-    async def _flush(self, request: wire.Flush) -> wire.Reply:
+    def _flush(self, request: wire.Flush) -> Answer:
+        self._session.check_right("write")
+        return self._flushed(request)
+
+    async def _flushed(self, request: wire.Flush) -> wire.Reply:
         timeout_s = min(request.timeout_s, wire.FLUSH_S)
         return wire.Counted(request.seq, int(await self._service.flush(timeout_s)))
 

@@ -19,7 +19,7 @@ from kvstore.tier import Miss
 if TYPE_CHECKING:
     from kvstore.daemon.service import Service
 
-MAX_NAMESPACES = 1024  # of one session
+MAX_NAMESPACES = 1024  # of one session; for one more, that opened first is forgotten
 MAX_HELD = 16_384  # leases and reservations of one session; beyond, they are empty
 MAX_BLOCK_BYTES = 1 << 40
 
@@ -68,7 +68,9 @@ class Session:
         self._service = service
         self._store = service.store
         self._quota = service.quota_of(tenant)
-        self._namespaces: list[_Opened] = []
+        self._namespaces: dict[int, _Opened] = {}  # by number, that opened first first
+        self._opened: dict[bytes, int] = {}  # the same, by the client's fingerprint
+        self._namespace_numbers = count()
         self._numbers = count(1)
         self.leases: dict[int, Leased] = {}
         self.reservations: dict[int, Reserved] = {}
@@ -77,25 +79,31 @@ class Session:
     # ---- naming
 
     def open_namespace(self, record: str) -> int:
-        """The number by which this client's messages name the namespace from now on."""
+        """The number by which this client's messages name the namespace from now on.
+
+        Until MAX_NAMESPACES others have been opened; no number is given out twice.
+        """
         try:
             asked = Namespace.from_json(record)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"that is no namespace record: {error}") from error
         if asked.layout.block_bytes > MAX_BLOCK_BYTES:
             raise RequestError(f"blocks of more than {MAX_BLOCK_BYTES} bytes are not kept")
-        opened = _Opened(asked, self.tenant.namespace(asked))
-        if opened in self._namespaces:
-            return self._namespaces.index(opened)
+        known = self._opened.get(asked.fingerprint)
+        if known is not None:
+            return known
         if len(self._namespaces) >= MAX_NAMESPACES:
-            raise RequestError(f"more than {MAX_NAMESPACES} namespaces on one connection")
-        self._namespaces.append(opened)
-        return len(self._namespaces) - 1
+            first = next(iter(self._namespaces))
+            del self._opened[self._namespaces.pop(first).asked.fingerprint]
+        number = next(self._namespace_numbers)
+        self._namespaces[number] = _Opened(asked, self.tenant.namespace(asked))
+        self._opened[asked.fingerprint] = number
+        return number
 
     def chain(self, namespace: int, parent: Key, keys: tuple[Key, ...]) -> Chain:
-        if namespace >= len(self._namespaces):
+        opened = self._namespaces.get(namespace)
+        if opened is None:
             raise RequestError(f"namespace {namespace} was not opened on this connection")
-        opened = self._namespaces[namespace]
         return self.tenant.chain(opened.asked, opened.own, parent, keys)
 
     # ---- reading

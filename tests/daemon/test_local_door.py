@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvstore import wire
+from kvstore.client import link
 from kvstore.client.client import StoreClient
 from kvstore.daemon import connection, session
 from kvstore.daemon.service import Limits
@@ -267,11 +269,38 @@ def test_no_such_number(raw: RawClient) -> None:
     assert isinstance(raw.ask(wire.GetStats(3)), wire.Answered)
 
 
-def test_no_more_namespaces_than_allowed(raw: RawClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_too_many_namespaces_the_first_is_forgotten(
+    raw: RawClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(session, "MAX_NAMESPACES", 1)
     raw.open()
     raw.open()
-    refused(raw, wire.OpenNamespace(1, NAMESPACE.to_json().replace("tiny", "other")))
+    other = NAMESPACE.to_json().replace("tiny", "other")
+    assert raw.ask(wire.OpenNamespace(1, other)) == wire.NamespaceOpened(1, 1)
+    refused(raw, wire.ProbeChain(2, 0, b"p" * 16, b""))
+    assert raw.ask(wire.OpenNamespace(3, NAMESPACE.to_json())) == wire.NamespaceOpened(3, 2)
+    assert isinstance(raw.ask(wire.ProbeChain(4, 2, b"p" * 16, b"")), wire.Probed)
+    refused(raw, wire.ProbeChain(5, 1, b"p" * 16, b""))
+
+
+def test_a_client_may_use_more_namespaces_than_are_remembered(
+    client: StoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "MAX_NAMESPACES", 4)
+    monkeypatch.setattr(link, "KEPT_NAMESPACES", 2)
+    salted = [dataclasses.replace(NAMESPACE, salt=str(number)) for number in range(9)]
+    for each in salted * 2:
+        put(client, chain(2, namespace=each))
+    assert [get(client, chain(2, namespace=each)) for each in salted] == [2] * 9
+
+
+def test_an_answer_that_is_too_long_is_refused_and_no_more(
+    rig: Rig, raw: RawClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 16_000)
+    put(rig.store, chain(1, namespace=dataclasses.replace(NAMESPACE, rope="r" * 16_000)))
+    refused(raw, wire.ListNamespaces(1))
+    refused(raw, wire.GetStatus(2))
 
 
 def refused(raw: RawClient, request: wire.Request) -> None:

@@ -128,6 +128,7 @@ def test_rights_are_checked(tenants_daemon: DataDaemon, victim: StoreClient) -> 
             lambda: reader.reserve(chain(2)),
             lambda: reader.evict(chain(2)),
             lambda: reader.retain(chain(2), Retention(50)),
+            lambda: reader.flush(0.0),
             lambda: reader.ask(wire.GetStatus),
             lambda: reader.ask(wire.ListNamespaces),
             lambda: reader.ask(wire.EvictBlocks, keys=chain(2).keys[0]),
