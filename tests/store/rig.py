@@ -29,6 +29,7 @@ T = TypeVar("T")
 NAMESPACE = Namespace("tiny", "weights", "tokenizer", "float16", 1, 2, 64, 16, "rope")
 BLOCK = NAMESPACE.layout.block_bytes  # 8 KiB
 NVME_BYTES = 8 << 20
+ROUND_TRIPS = 1000  # for what another thread is about to do
 PATIENCE_S = 30.0  # for what comes within milliseconds, or is broken
 
 
@@ -259,9 +260,13 @@ class Rig:
 
 
 def stats_add_up(store: Store, asked_blocks: int) -> None:
-    """asked = hits + misses, exactly."""
-    stats = store.stats()
-    assert sum(stats.hits.values()) + sum(stats.misses.values()) == asked_blocks
+    """asked = hits + misses, exactly; a lease over a wire counts once its last byte has left."""
+    for _ in range(ROUND_TRIPS):
+        stats = store.stats()
+        counted_blocks = sum(stats.hits.values()) + sum(stats.misses.values())
+        if counted_blocks == asked_blocks:
+            return
+    raise AssertionError(f"{counted_blocks} of {asked_blocks} blocks are accounted for: {stats}")
 
 
 def used(counter: Mapping[str, int]) -> dict[str, int]:
