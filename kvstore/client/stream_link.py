@@ -238,17 +238,28 @@ class StreamReservation(ClientReservation):
 
     def __init__(self, link: StreamLink, reserved: wire.Reserved, block_bytes: int) -> None:
         """As `Link.reservation`."""
-        self._buffers = link.buffers
         blocks = len(wire.unpack_indices(reserved.indices))
-        self._buffer = self._buffers.take(max(1, blocks * block_bytes))
-        views = [self._buffer[i * block_bytes : (i + 1) * block_bytes] for i in range(blocks)]
+        self._buffers = link.buffers
+        self._buffer = self._buffers.take(blocks * block_bytes) if blocks else None
+        views = []
+        if self._buffer is not None:
+            views = [self._buffer[i * block_bytes : (i + 1) * block_bytes] for i in range(blocks)]
         super().__init__(link, reserved, views)
 
     def commit(self) -> int:
         try:
             return super().commit()
         finally:
-            self._buffers.give(self._buffer)
+            self._give_back()
+
+    def abort(self) -> None:
+        super().abort()
+        self._give_back()
 
     def _payload(self) -> Sequence[memoryview]:
         return self._views
+
+    def _give_back(self) -> None:
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            self._buffers.give(buffer)

@@ -10,18 +10,19 @@ from pathlib import Path
 import grpc
 import pytest
 
+from kvstore import wire
 from kvstore.client.client import StoreClient
 from kvstore.daemon.grpc_door import GrpcDoor
 from kvstore.daemon.listening import Endpoint
 from kvstore.daemon.service import Limits
 from kvstore.daemon.tokens import Tenants
 from kvstore.verbs import Store
-from tests.daemon.data_doors import DataDaemon
+from tests.daemon.data_doors import LARGE, LARGE_BYTES, DataDaemon, RawClient
 from tests.daemon.doors import Daemon, DaemonProcess
 from tests.daemon.grpc_client import GrpcClient
 from tests.daemon.subjects import SUBJECTS
 from tests.daemon.tenants import TENANTS, THIEF, VICTIM
-from tests.store.rig import Rig, RunningClock
+from tests.store.rig import BLOCK, Rig, RunningClock, chain, put
 
 MakeProcess = Callable[..., DaemonProcess]
 
@@ -69,6 +70,29 @@ def victim(tenants_daemon: DataDaemon) -> Iterator[StoreClient]:
 def thief(tenants_daemon: DataDaemon) -> Iterator[StoreClient]:
     with tenants_daemon.connect(token=THIEF) as client:
         yield client
+
+
+@pytest.fixture
+def data_daemon(rig: Rig, limits: Limits | None) -> Iterator[DataDaemon]:
+    with DataDaemon(rig.store, limits=limits) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def raw(data_daemon: DataDaemon) -> Iterator[RawClient]:
+    with RawClient(data_daemon) as raw:
+        assert isinstance(raw.hear(), wire.Welcome)
+        yield raw
+
+
+@pytest.fixture
+def large_daemon() -> Iterator[DataDaemon]:
+    """24 large blocks of one chain in its RAM, and room for as many."""
+    rig = Rig(None, ram_blocks=48 * LARGE_BYTES // BLOCK, clock=RunningClock())
+    put(rig.store, chain(24, namespace=LARGE))
+    with DataDaemon(rig.store) as daemon:
+        yield daemon
+    rig.finish()
 
 
 @pytest.fixture

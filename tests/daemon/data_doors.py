@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
 import ssl
 from contextlib import AsyncExitStack
@@ -20,7 +21,11 @@ from kvstore.daemon.tokens import Tenants
 from kvstore.hashing import Chain
 from kvstore.store import BlockStore
 from tests.daemon.doors import Daemon
-from tests.store.rig import PATIENCE_S
+from tests.store.rig import NAMESPACE, PATIENCE_S
+
+# 24 of them are more than the kernel takes for a client that does not read.
+LARGE = dataclasses.replace(NAMESPACE, layers=128)
+LARGE_BYTES = LARGE.layout.block_bytes  # 1 MiB
 
 
 class DataDaemon(Daemon):
@@ -135,3 +140,11 @@ def ended(sock: socket.socket) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+def pinned(daemon: DataDaemon) -> int:
+    return daemon.store.stats().ram["pinned_blocks"]
+
+
+def used_bytes(daemon: DataDaemon) -> int:
+    return daemon.store.stats().ram["used_bytes"]

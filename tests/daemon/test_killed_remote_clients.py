@@ -7,7 +7,6 @@ from random import Random
 
 import pytest
 
-from kvstore.daemon.service import Limits
 from tests.daemon.data_doors import DataDaemon
 from tests.daemon.subjects import put_behind
 from tests.daemon.test_killed_clients import KILLS, LONGEST_SPIN_S, settled
@@ -20,12 +19,6 @@ from tests.store.rig import Rig, chain, check_bytes, put
 def clients() -> Iterator[Clients]:
     with Clients() as clients:
         yield clients
-
-
-@pytest.fixture
-def data_daemon(rig: Rig, limits: Limits | None) -> Iterator[DataDaemon]:
-    with DataDaemon(rig.store, limits=limits) as daemon:
-        yield daemon
 
 
 @pytest.mark.parametrize("seed", [0])
