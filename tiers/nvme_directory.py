@@ -59,7 +59,9 @@ class Sizes(NamedTuple):
 
 
 def capacity_of(path: Path) -> int:
-    """For which capacity the directory was made last; one that keeps all its blocks, if unsure.
+    """For which capacity the directory was made last, but for less than a page.
+
+    Where a file was cut off, one that keeps all blocks.
 
     Raises DirectoryError for a directory that is none of ours, or is in use.
     """
@@ -68,9 +70,11 @@ def capacity_of(path: Path) -> int:
             sizes = Sizes(directory.slab.stat().st_size, directory.records.stat().st_size)
         except OSError as error:
             raise directory.refusal(error) from error
-    least = max(sizes.slab_bytes + sizes.map_bytes + OVERHEAD_BYTES, MIN_CAPACITY_BYTES)
-    possible = range(least, least + ALIGN_BYTES)  # what rounding has left
-    return next((each for each in possible if Sizes.of(each) == sizes), possible[-1])
+    # Whole pages, as which capacities are divided: what rounding took makes no difference.
+    capacity = max(sizes.slab_bytes + sizes.map_bytes + OVERHEAD_BYTES, MIN_CAPACITY_BYTES)
+    while (missing := sizes.slab_bytes - Sizes.of(capacity).slab_bytes) > 0:
+        capacity += missing
+    return capacity
 
 
 class Directory:

@@ -14,6 +14,7 @@ import pytest
 import kvstore
 from kvstore.hashing import Chain
 from kvstore.retention import Retention
+from kvstore.tiers.nvme_directory import Sizes, capacity_of
 from tests.cli.commands import Done, fill, namespace
 from tests.cli.test_bad_input import refused
 from tests.daemon.doors import DaemonProcess
@@ -156,6 +157,8 @@ def test_a_directory_keeps_its_size(here: Callable[..., Done], tmp_path: Path) -
         before = {file.name: os.stat(file).st_size for file in path.iterdir()}
         assert here("evict", path, "--namespace", OURS.fingerprint.hex()[:8]).status == 0
         assert {file.name: os.stat(file).st_size for file in path.iterdir()} == before
+        os.truncate(path / "records.mdb", 4096)
+        assert Sizes.of(capacity_of(path)).slab_bytes >= before["slab"]
 
 
 def test_a_leased_block_is_dropped_later(

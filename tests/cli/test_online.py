@@ -77,8 +77,13 @@ def test_ls_of_a_daemon(
 
 
 def test_verify_of_a_daemon(
-    here: Callable[..., Done], process: DaemonProcess, client: StoreClient, tmp_path: Path
+    here: Callable[..., Done],
+    process: DaemonProcess,
+    client: StoreClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("kvstore.cli.verify.STEP_BLOCKS", 7)
     asked = ("verify", "--store", process.url)
     assert here(*asked) == Done(0, "8 blocks, 64 KiB read: all is well\n", "")
     listed = here("ls", "--blocks", "--store", process.url, "--json").data["blocks"]

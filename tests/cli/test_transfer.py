@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +29,9 @@ FRAME_BYTES = HEADER_BYTES + BLOCK_BYTES
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Twenty blocks of one model, with a fork; three of another, more firmly kept."""
+    """Twenty blocks of one model, with a fork whose end may go first; three of another model,
+    more firmly kept for a day.
+    """
     path = tmp_path / "source"
     with kvstore.open(ram_bytes="4 MiB", nvme_path=path, nvme_bytes="8 MiB") as store:
         fill(store, 12)
@@ -36,6 +39,7 @@ def source(tmp_path: Path) -> Path:
         fill(store, 3, model="another model")
         theirs = kvstore.TokenChain(namespace("another model"), range(48)).chain()
         store.retain(theirs, Retention(priority=70, ttl_s=86_400.0))
+        store.retain(fork().slice(8), Retention(priority=20))
     return path
 
 
@@ -112,7 +116,8 @@ def test_everything_from_one_directory_to_another(
     for key, (parent, priority, expires_s) in before.items():
         assert after[key][:2] == (parent, priority)
         assert (after[key][2] or 0) == pytest.approx(expires_s or 0, abs=60)
-    assert sum(priority == 70 for _, priority, _ in after.values()) == 3
+    priorities = Counter(priority for _, priority, _ in after.values())
+    assert priorities == {35: 16, 20: 4, 70: 3}
     with opened(target) as store:
         check(store)
     again = here("import", file, target)
