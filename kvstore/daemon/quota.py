@@ -42,8 +42,9 @@ class Quota:
         nbytes = chain.namespace.layout.block_bytes
         new = list(dict.fromkeys(key for key in chain.keys if key not in self._held))
         free_bytes = self._free_bytes()
-        if len(new) * nbytes > free_bytes:
-            self._evict(len(new) * nbytes - free_bytes, chain)
+        wanted_bytes = min(len(new), self.limit_bytes // nbytes) * nbytes
+        if wanted_bytes > free_bytes:
+            self._evict(wanted_bytes - free_bytes, chain)
             free_bytes = self._free_bytes()
         allowed = max(0, free_bytes // nbytes)
         if len(new) <= allowed:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from kvstore import wire
+from kvstore.allocator import ALIGN_BYTES
 from kvstore.client.client import StoreClient
+from kvstore.daemon.service import Limits
 from kvstore.daemon.tokens import Tenants
 from kvstore.hashing import Chain
 from kvstore.retention import DEFAULT_PRIORITY, Retention
@@ -75,6 +77,31 @@ def test_more_than_the_quota_at_once_is_refused_and_counted(rig: Rig, thief: Sto
     assert get(thief, chain(25)) == QUOTA_BLOCKS
     assert thief.stats().counters["quota_refused_blocks"] == 25 - QUOTA_BLOCKS
     assert put(thief, chain(25)) == 0
+
+
+def test_what_can_never_fit_evicts_nothing(rig: Rig, thief: StoreClient) -> None:
+    put(thief, chain(QUOTA_BLOCKS))
+    huge = dataclasses.replace(NAMESPACE, layers=QUOTA_BLOCKS + 1)
+    assert put(thief, chain(2, namespace=huge)) == 0
+    assert held_by(rig, chain(QUOTA_BLOCKS)) == QUOTA_BLOCKS
+
+
+def test_small_blocks_count_as_what_they_take(rig: Rig, thief: StoreClient) -> None:
+    small = dataclasses.replace(NAMESPACE, head_dim=1)
+    slots = QUOTA_BLOCKS * BLOCK // ALIGN_BYTES
+    assert small.layout.block_bytes < ALIGN_BYTES
+    assert put(thief, chain(2 * slots, namespace=small)) == slots
+    assert get(thief, chain(slots, namespace=small)) == slots
+    assert rig.store.stats().ram["used_bytes"] == QUOTA_BLOCKS * BLOCK
+
+
+@pytest.mark.parametrize("limits", [Limits(in_flight_bytes=3 * ALIGN_BYTES)])
+def test_and_so_they_do_in_flight(rig: Rig, client: StoreClient) -> None:
+    small = dataclasses.replace(NAMESPACE, head_dim=1)
+    put(rig.store, chain(5, namespace=small))
+    assert get(client, chain(5, namespace=small)) == 3
+    with client.reserve(chain(5, 1, small)) as reservation:
+        assert len(reservation) == 3
 
 
 def test_reservations_count_from_the_first(tenants_daemon: DataDaemon) -> None:
