@@ -227,7 +227,10 @@ class Probed(_Message, tag="probed"):
 
 
 class Leased(_Message, tag="leased"):
-    """`offsets` in the arena, u64 each, of the blocks ready so far; `sources[i]` indexes TIERS."""
+    """`offsets` in the arena, u64 each, of the blocks ready so far; `sources[i]` indexes TIERS.
+
+    On the data door there are no offsets: the blocks come after `Payload`.
+    """
 
     seq: Seq
     lease: Count
@@ -254,7 +257,10 @@ class Payload(_Message, tag="payload"):
 
 
 class Reserved(_Message, tag="reserved"):
-    """`indices`, u32 each, of the blocks that got a slot; `offsets` in the arena, u64 each."""
+    """`indices`, u32 each, of the blocks that got a slot; `offsets` in the arena, u64 each.
+
+    On the data door there are no offsets: the blocks go after `Commit`.
+    """
 
     seq: Seq
     reservation: Count
