@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from kvstore.allocator import align_up
 from kvstore.frame import names
 from kvstore.hashing import Chain, Key
 from kvstore.reservation import Reservation
@@ -17,7 +18,7 @@ from kvstore.tenant import Tenant
 class Quota:
     """A tenant's blocks in the order of use: never more than its quota, over RAM and NVMe.
 
-    A block counts once, with the bytes of its layout, wherever it lies, from its reservation
+    A block counts once, with the bytes of its slot, wherever it lies, from its reservation
     on. When more is wanted, the tenant's own least recently used blocks are evicted from all
     tiers; where that does not suffice (leases pin them), the reservation is shorter, and that
     is counted. A block that the store has evicted for others' sake counts until it is met
@@ -39,7 +40,7 @@ class Quota:
 
     def room(self, chain: Chain) -> int:
         """For how many leading blocks of a chain there is room, made by evicting others."""
-        nbytes = chain.namespace.layout.block_bytes
+        nbytes = align_up(chain.namespace.layout.block_bytes)
         new = list(dict.fromkeys(key for key in chain.keys if key not in self._held))
         free_bytes = self._free_bytes()
         wanted_bytes = min(len(new), self.limit_bytes // nbytes) * nbytes
@@ -53,7 +54,7 @@ class Quota:
         return chain.keys.index(new[allowed])
 
     def reserved(self, reservation: Reservation) -> None:
-        nbytes = reservation.block_bytes
+        nbytes = align_up(reservation.block_bytes)
         wanted = sum(nbytes for key in reservation.keys if key not in self._held)
         self._reserved[reservation] = wanted
         self.reserved_bytes += wanted
@@ -62,7 +63,7 @@ class Quota:
         """It is about to be."""
         self.aborted(reservation)
         for key in reversed(reservation.keys):  # the deepest goes before what it hangs on
-            self._hold(key, reservation.block_bytes)
+            self._hold(key, align_up(reservation.block_bytes))
 
     def aborted(self, reservation: Reservation) -> None:
         self.reserved_bytes -= self._reserved.pop(reservation)
@@ -116,4 +117,5 @@ class Quota:
                 pages.append(page.rows[np.isin(page.rows["namespace"], own)])
             rows = np.concatenate(pages)
             rows = rows[np.argsort(rows["last_use_s"], kind="stable")]
-            yield from zip(names(rows["key"]), rows["raw_bytes"].tolist(), strict=True)
+            sizes = map(align_up, rows["raw_bytes"].tolist())
+            yield from zip(names(rows["key"]), sizes, strict=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
+from kvstore.allocator import align_up
 from kvstore.answers import Explanation, Probe, Stats
 from kvstore.errors import RequestError, RightsError
 from kvstore.hashing import Chain, Key
@@ -52,7 +53,7 @@ class Reserved:
     """A reservation that a client has yet to commit."""
 
     reservation: Reservation
-    nbytes: int
+    nbytes: int  # that count against the client: more than the blocks' where they are small
 
 
 class Session:
@@ -126,11 +127,11 @@ class Session:
     def acquire(self, chain: Chain, deadline_s: float | None) -> tuple[int, Lease]:
         """A lease and its number. Shorter than the prefix where the client holds too much."""
         self.check_right("read")
-        block_bytes = chain.namespace.layout.block_bytes
+        slot_bytes = align_up(chain.namespace.layout.block_bytes)
         lease = self._store.acquire(
-            chain.slice(0, self._room_blocks(block_bytes)), deadline_s=deadline_s
+            chain.slice(0, self._room_blocks(slot_bytes)), deadline_s=deadline_s
         )
-        held = Leased(lease, chain, len(lease) * block_bytes)
+        held = Leased(lease, chain, len(lease) * slot_bytes)
         number = next(self._numbers)
         self.leases[number] = held
         self.in_flight_bytes += held.nbytes
@@ -155,12 +156,12 @@ class Session:
     def reserve(self, chain: Chain, retention: Retention) -> tuple[int, Reservation]:
         """A reservation and its number. Shorter where the client holds too much."""
         self.check_right("write")
-        block_bytes = chain.namespace.layout.block_bytes
-        chain = chain.slice(0, self._room_blocks(block_bytes))
+        slot_bytes = align_up(chain.namespace.layout.block_bytes)
+        chain = chain.slice(0, self._room_blocks(slot_bytes))
         if self._quota is not None:
             chain = chain.slice(0, self._quota.room(chain))
         reservation = self._store.reserve(chain, retention=self.tenant.retention(retention))
-        held = Reserved(reservation, len(reservation) * block_bytes)
+        held = Reserved(reservation, len(reservation) * slot_bytes)
         if self._quota is not None:
             self._quota.reserved(reservation)
         number = next(self._numbers)
@@ -212,8 +213,8 @@ class Session:
         if right not in self.tenant.rights:
             raise RightsError(f"the tenant {self.tenant.name} has no right to {right}")
 
-    def _room_blocks(self, block_bytes: int) -> int:
+    def _room_blocks(self, slot_bytes: int) -> int:
         if len(self.leases) + len(self.reservations) >= MAX_HELD:
             return 0
         room = self._service.limits.in_flight_bytes - self.in_flight_bytes
-        return max(0, room // block_bytes)
+        return max(0, room // slot_bytes)

@@ -73,13 +73,11 @@ class StreamConversation(Conversation):
     def slots(self, commit: wire.Commit) -> Slots:
         """Where the bytes that follow a commit go. Raises WireError where they do not fit."""
         held = self._session.reservations.get(commit.reservation)
-        if held is None or held.nbytes != commit.payload_bytes:
-            raise WireError(
-                f"{commit.payload_bytes} bytes announced for a reservation of "
-                f"{0 if held is None else held.nbytes}"
-            )
-        blocks = max(1, len(held.reservation))
-        return Slots(held.reservation, self._service.store.arena.buffer, held.nbytes // blocks)
+        block_bytes = 0 if held is None else held.reservation.block_bytes
+        nbytes = 0 if held is None else len(held.reservation) * block_bytes
+        if held is None or nbytes != commit.payload_bytes:
+            raise WireError(f"{commit.payload_bytes} bytes announced for a reservation of {nbytes}")
+        return Slots(held.reservation, self._service.store.arena.buffer, block_bytes)
 
     def sent(self, number: int, blocks: int) -> None:
         """So many more blocks of a lease have gone out."""
