@@ -10,9 +10,34 @@ import numpy as np
 from kvstore.allocator import align_up
 from kvstore.frame import names
 from kvstore.hashing import Chain, Key
+from kvstore.identity import Namespace
 from kvstore.reservation import Reservation
 from kvstore.store import BlockStore
 from kvstore.tenant import Tenant
+
+RECORDS_BYTES = 16 << 20  # of namespaces that one tenant writes into; room for tens of thousands
+
+
+class NamespaceQuota:
+    """The namespaces that a tenant has written into since the daemon's start.
+
+    The store keeps the record of each in RAM and beside the blocks on NVMe, whether or not a
+    block is left; without a bound one tenant could fill both.
+    """
+
+    def __init__(self) -> None:
+        self._names: set[bytes] = set()
+        self._nbytes = 0
+
+    def admits(self, namespace: Namespace) -> bool:
+        """Whether the tenant may write into it; if so, it counts from now on."""
+        if namespace.fingerprint not in self._names:
+            nbytes = len(namespace.to_json())
+            if self._nbytes + nbytes > RECORDS_BYTES:
+                return False
+            self._names.add(namespace.fingerprint)
+            self._nbytes += nbytes
+        return True
 
 
 class Quota:

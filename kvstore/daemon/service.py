@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvstore.answers import Stats
-from kvstore.daemon.quota import Quota
+from kvstore.daemon.quota import NamespaceQuota, Quota
 from kvstore.daemon.session import Leased, Session
 from kvstore.errors import RequestError
 from kvstore.hot import HotPrefixes, Prefix
+from kvstore.identity import Namespace
 from kvstore.store import BlockStore
 from kvstore.tenant import Tenant
 from kvstore.tier import Miss
@@ -43,6 +44,7 @@ class Service:
         self.sessions: set[Session] = set()
         self.tenant_blocks: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.quotas: dict[str, Quota] = {}  # of those who have one, and have come
+        self._written: defaultdict[str, NamespaceQuota] = defaultdict(NamespaceQuota)
         self.started_s = time.monotonic()
         self.checking = asyncio.Lock()  # whose turn it is to have blocks checked
         self.hot = HotPrefixes()
@@ -112,6 +114,13 @@ class Service:
         if tenant.name not in self.quotas:
             self.quotas[tenant.name] = Quota(self.store, tenant, tenant.quota_bytes)
         return self.quotas[tenant.name]
+
+    def admits(self, tenant: Tenant, namespace: Namespace) -> bool:
+        """Whether the tenant may write into one more namespace, if it is one more.
+
+        Those of this user may: they can do worse.
+        """
+        return not tenant.secret or self._written[tenant.name].admits(namespace)
 
     def stats_of(self, tenant: Tenant) -> Stats:
         """What concerns nobody else: blocks served and missed, and what it holds of its quota."""

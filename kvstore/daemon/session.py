@@ -156,6 +156,8 @@ class Session:
     def reserve(self, chain: Chain, retention: Retention) -> tuple[int, Reservation]:
         """A reservation and its number. Shorter where the client holds too much."""
         self.check_right("write")
+        if not self._service.admits(self.tenant, chain.namespace):
+            chain = chain.slice(0, 0)
         slot_bytes = align_up(chain.namespace.layout.block_bytes)
         chain = chain.slice(0, self._room_blocks(slot_bytes))
         if self._quota is not None:

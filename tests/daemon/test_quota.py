@@ -12,6 +12,7 @@ import pytest
 from kvstore import wire
 from kvstore.allocator import ALIGN_BYTES
 from kvstore.client.client import StoreClient
+from kvstore.daemon import quota
 from kvstore.daemon.service import Limits
 from kvstore.daemon.tokens import Tenants
 from kvstore.hashing import Chain
@@ -93,6 +94,18 @@ def test_small_blocks_count_as_what_they_take(rig: Rig, thief: StoreClient) -> N
     assert put(thief, chain(2 * slots, namespace=small)) == slots
     assert get(thief, chain(slots, namespace=small)) == slots
     assert rig.store.stats().ram["used_bytes"] == QUOTA_BLOCKS * BLOCK
+
+
+def test_a_tenant_fills_no_memory_with_namespaces(
+    rig: Rig, thief: StoreClient, victim: StoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    salted = [dataclasses.replace(NAMESPACE, salt=str(number)) for number in range(5)]
+    monkeypatch.setattr(quota, "RECORDS_BYTES", 3 * len(THIEFS.namespace(NAMESPACE).to_json()))
+    stored = [put(thief, chain(2, namespace=each)) for each in salted + salted]
+    assert stored == [2, 2, 2] + [0] * 7
+    assert [get(thief, chain(2, namespace=each)) for each in salted] == [2, 2, 2, 0, 0]
+    assert put(victim, chain(2, namespace=salted[4])) == 2
+    assert len(rig.store.inventory.namespaces()) == 4
 
 
 @pytest.mark.parametrize("limits", [Limits(in_flight_bytes=3 * ALIGN_BYTES)])
