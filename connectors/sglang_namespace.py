@@ -45,9 +45,14 @@ def pool_namespace(
         if options.salt:
             namespace = replace(namespace, salt=salt_digest(options.salt))
         return replace(namespace, block_tokens=pool.page_size)
-    path = model or (arguments.model_path if arguments is not None else config.model_name)
+    if model:
+        files = _files(model)
+    elif arguments is not None:
+        files = _files(arguments.model_path, arguments.revision)
+    else:
+        files = _files(config.model_name)
     namespace = naming.model_namespace(
-        _files(path), dtype=kv_dtype(pool), block_tokens=pool.page_size, salt=options.salt
+        files, dtype=kv_dtype(pool), block_tokens=pool.page_size, salt=options.salt
     )
     return replace(namespace, model=namespace.model + _changes(arguments))
 
@@ -76,7 +81,7 @@ def _server_arguments() -> Any | None:
         return None
 
 
-def _files(model: str | None) -> Path:
+def _files(model: str | None, revision: str | None = None) -> Path:
     """Where the model's files are."""
     if not model:
         raise ModelError("nobody says where its files are: give `model` or `namespace`")
@@ -85,7 +90,7 @@ def _files(model: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, local_files_only=True))
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
     except Exception as error:
         raise ModelError(f"the files of {model} are not here: give `model` ({error})") from error
 
@@ -99,8 +104,8 @@ def _changes(arguments: Any | None) -> str:
     overrides = json.loads(arguments.json_model_override_args or "{}")
     changes = {
         "quantization": arguments.quantization,
+        "kv_cache_dtype": arguments.kv_cache_dtype,
         "overrides": overrides,
-        "revision": arguments.revision,
     }
-    said = {name: value for name, value in changes.items() if value}
+    said = {name: value for name, value in changes.items() if value and value != "auto"}
     return " " + json.dumps(said, sort_keys=True, default=repr) if said else ""

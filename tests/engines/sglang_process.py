@@ -14,21 +14,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.managers.cache_controller import HiCacheController
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.pool_host.group import HostPoolGroup, PoolEntry
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import get_storage_hash_str
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, reset_context
+from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 from torch import Tensor
 
 from benchmarks.workers.lines import serve
 
 PATIENCE_S = 60
 SIZE = 1024  # tokens of a device pool; twice that on the host
+CONTROLLERS = {kind.__name__: kind for kind in (HiCacheController, HybridCacheController)}
 ALONE = {"pp_rank": 0, "pp_size": 1, "attn_dcp_rank": 0, "attn_dcp_size": 1}
 
 said: list[str] = []
@@ -55,8 +61,15 @@ class Rank:
         ranks: int = 1,
         is_mla: bool = False,
         model_name: str | None = None,
+        controller: str = "HybridCacheController",
+        failing: float | None = None,
     ) -> None:
-        """`shape` is layers, KV heads of the whole model, head size."""
+        """`shape` is layers, KV heads of the whole model, head size.
+
+        SGLang's servers use the hybrid controller for all models, and decode workers of a
+        disaggregated one the other. With `failing` SGLang's own injector fails that share of
+        what is asked.
+        """
         self._layers, kv_heads, self._head_dim = shape
         held = max(1, kv_heads // ranks)
         first = rank * kv_heads // ranks
@@ -67,10 +80,18 @@ class Rank:
         allocator = PagedTokenToKVPoolAllocator(
             SIZE, page_size, self._dtype, "cpu", self._device, need_sort=False
         )
-        with get_parallel().override(tp_rank=rank, tp_size=ranks, **ALONE):
-            self._controller = HiCacheController(
+        self._is_hybrid = controller == "HybridCacheController"
+        pools = self._host
+        if self._is_hybrid:
+            anchor = PoolEntry(PoolName.KV, self._host, self._device, int, True)
+            pools = HostPoolGroup([anchor])
+        with (
+            get_parallel().override(tp_rank=rank, tp_size=ranks, **ALONE),
+            envs.SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE.override(failing),
+        ):
+            self._controller: Any = CONTROLLERS[controller](
                 allocator,
-                self._host,
+                pools,
                 page_size,
                 None,
                 threading.Event(),
@@ -162,8 +183,9 @@ class Rank:
         keys = self._keys(tokens, salt)
         before = after // self._page_size
         self._requests += 1
+        name = str(self._requests)
         operation = self._controller.prefetch(
-            str(self._requests),
+            CacheRequestHandle(name, 0) if self._is_hybrid else name,
             RadixKey(array("q", tokens[after : len(keys) * self._page_size]), cache_salt=salt),
             keys[before - 1] if before else None,
             keys[:before],
@@ -317,6 +339,12 @@ class Process:
     def close(self, name: str) -> None:
         self._ranks.pop(name).close()
 
+    def serve(self, **arguments: Any) -> None:
+        """As in a server started with these arguments, from now on; with none as without one."""
+        reset_context()
+        if arguments:
+            set_global_server_args_for_scheduler(ServerArgs(device="cpu", **arguments))
+
     def said(self) -> list[str]:
         """What kvstore has logged since this was last asked."""
         lines = said.copy()
@@ -326,7 +354,14 @@ class Process:
 
 def build() -> dict[str, Any]:
     process = Process()
-    verbs = (process.open, process.refused, process.ask, process.close, process.said)
+    verbs = (
+        process.open,
+        process.refused,
+        process.ask,
+        process.serve,
+        process.close,
+        process.said,
+    )
     return {verb.__name__: verb for verb in verbs}
 
 

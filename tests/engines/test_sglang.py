@@ -70,6 +70,7 @@ class Rank:
 
     def __init__(self, worker: Worker, url: str, **arguments: Any) -> None:
         extra = {"url": url, "namespace": json.loads(NAMESPACE.to_json())}
+        arguments = arguments.copy()
         extra |= arguments.pop("extra", {})
         worker.ask("said")
         self._worker, self._name = worker, next(NAMES)
@@ -113,18 +114,26 @@ def overwrite(store: BlockStore, chain: Chain) -> None:
             ctypes.memset(memory.ctypes.data, 0xAB, 64)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "controller"),
+    [
+        ("bfloat16", "HybridCacheController"),
+        ("float16", "HiCacheController"),
+        ("float32", "HybridCacheController"),
+    ],
+)
 def test_every_layout_reads_what_every_layout_wrote(
-    sglang: Worker, daemon: Daemon, dtype: str
+    sglang: Worker, daemon: Daemon, dtype: str, controller: str
 ) -> None:
     extra = {"namespace": json.loads(replace(NAMESPACE, kv_dtype=dtype).to_json())}
+    same = {"dtype": dtype, "controller": controller, "extra": extra}
     for seed, writing in enumerate(LAYOUTS):
         tokens = tokens_of(100, seed)
-        with Rank(sglang, daemon.url, layout=writing, dtype=dtype, extra=extra) as rank:
+        with Rank(sglang, daemon.url, layout=writing, **same) as rank:
             assert rank.prefetch(tokens) == [0, 0, 0]
             assert rank.backup(tokens) == 96
         for reading in LAYOUTS:
-            with Rank(sglang, daemon.url, layout=reading, dtype=dtype, extra=extra) as rank:
+            with Rank(sglang, daemon.url, layout=reading, **same) as rank:
                 assert rank.prefetch(tokens) == all_of(tokens)
                 assert rank.ask("counters")["loaded_blocks"] == 6
     assert sglang.ask("said") == []
