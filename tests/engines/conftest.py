@@ -34,8 +34,25 @@ Vllm = Callable[..., AbstractContextManager[Worker]]
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
     """vLLM's interpreter. `make test-engines` makes it."""
+    return _python("vllm")
+
+
+@pytest.fixture(scope="session")
+def sglang() -> Iterator[Worker]:
+    """SGLang's HiCache in a process of its own; it takes long to import."""
+    python = _python("sglang")
+    environment = {
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",  # ninja, which it calls
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    with Worker(python, "tests.engines.sglang_process", env=environment) as worker:
+        yield worker
+
+
+def _python(engine: str) -> Path:
     home = os.environ.get("KVSTORE_ENGINES")
-    python = (Path(home) if home else cache_home() / "engines") / "vllm" / "bin" / "python"
+    python = (Path(home) if home else cache_home() / "engines") / engine / "bin" / "python"
     assert python.exists(), f"{python} is not there: run `make test-engines`"
     return python
 

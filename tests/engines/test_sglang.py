@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +14,15 @@ import pytest
 
 import kvstore
 from benchmarks.workers.lines import Worker
-from kvstore.cli.model_package import cache_home
-from kvstore.connectors.sglang_namespace import page_chain
 from kvstore.hashing import Chain
 from kvstore.store import BlockStore
 from tests.daemon.doors import Daemon, DaemonProcess
 from tests.engine.tiny import tiny_model
+from tests.engines.sglang_rank import NAMESPACE, SHAPE, Rank, all_of, chain_of, tokens_of
 
 pytestmark = pytest.mark.engines
 
 LAYOUTS = ["layer_first", "page_first", "page_first_direct", "page_head", "page_unified"]
-NAMESPACE = kvstore.Namespace(
-    model="nobody's",
-    weights="random",
-    tokenizer="none",
-    kv_dtype="bfloat16",
-    layers=3,
-    kv_heads=4,
-    head_dim=8,
-    block_tokens=16,
-    rope="none",
-)
-SHAPE = [3, 4, 8]
-NAMES = map(str, count())
-
-
-@pytest.fixture(scope="module")
-def sglang() -> Iterator[Worker]:
-    home = os.environ.get("KVSTORE_ENGINES")
-    bin_ = (Path(home) if home else cache_home() / "engines") / "sglang" / "bin"
-    assert bin_.exists(), f"{bin_} is not there: run `make test-engines`"
-    environment = {
-        "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}",  # ninja, for its own extensions
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    with Worker(bin_ / "python", "tests.engines.sglang_process", env=environment) as worker:
-        yield worker
 
 
 @pytest.fixture
@@ -63,46 +33,6 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         Daemon(store, tmp_path / "kvstore.sock") as daemon,
     ):
         yield daemon
-
-
-class Rank:
-    """One rank in SGLang's process, with pools and a backend of its own."""
-
-    def __init__(self, worker: Worker, url: str, **arguments: Any) -> None:
-        extra = {"url": url, "namespace": json.loads(NAMESPACE.to_json())}
-        arguments = arguments.copy()
-        extra |= arguments.pop("extra", {})
-        worker.ask("said")
-        self._worker, self._name = worker, next(NAMES)
-        worker.ask("open", name=self._name, extra=extra, **{"shape": SHAPE, **arguments})
-
-    def ask(self, what: str, **arguments: Any) -> Any:
-        return self._worker.ask("ask", name=self._name, what=what, **arguments)
-
-    def backup(self, tokens: list[int], **arguments: Any) -> int:
-        return int(self.ask("backup", tokens=tokens, **arguments))
-
-    def prefetch(self, tokens: list[int], **arguments: Any) -> list[int]:
-        """Tokens found, come, and right."""
-        return list(self.ask("prefetch", tokens=tokens, **arguments))
-
-    def __enter__(self) -> Rank:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._worker.ask("close", name=self._name)
-
-
-def tokens_of(number: int, seed: int = 0) -> list[int]:
-    return [int(token) for token in np.random.default_rng(seed).integers(0, 50_000, number)]
-
-
-def all_of(tokens: list[int]) -> list[int]:
-    return [len(tokens) // 16 * 16] * 3
-
-
-def chain_of(rank: Rank, tokens: list[int], namespace: kvstore.Namespace = NAMESPACE) -> Chain:
-    return page_chain(namespace, rank.ask("keys", tokens=tokens), ())
 
 
 def overwrite(store: BlockStore, chain: Chain) -> None:
