@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from kvstore.background import BackgroundLoop
 from kvstore.errands import Errands
-from kvstore.errors import InvariantError, TierError
+from kvstore.errors import InvariantError, TierError, TierFullError
 from kvstore.hub import Hub
 from kvstore.identity import Namespace
 from kvstore.index import State
@@ -177,19 +177,32 @@ class Demotions:
         return now_s + ttl_s if ttl_s else index.expires_s.item(row)
 
     async def _write(self, batch: Batch) -> list[WriteResult]:
-        if batch.namespaces:
-            await self._tier.remember(batch.namespaces)
-            self._known.update(namespace.fingerprint for namespace in batch.namespaces)
+        nameless = await self._remember(batch.namespaces)
         views = self._hub.readables(np.array(batch.rows, dtype=np.int64))
         items = [WriteItem(*item) for item in zip(batch.records, views, strict=True)]
-        damaged = self._hub.damaged_among(batch.rows)
-        sound = [item for row, item in zip(batch.rows, items, strict=True) if row not in damaged]
+        refused = dict.fromkeys(self._hub.damaged_among(batch.rows), Refusal.INVALID)
+        for row, record in zip(batch.rows, batch.records, strict=True):
+            if record.namespace in nameless:
+                refused[row] = Refusal.FULL
+        sound = [item for row, item in zip(batch.rows, items, strict=True) if row not in refused]
         written = await self._tier.write(sound)
         if len(written) != len(sound):
             raise TierError(f"{len(written)} answers to {len(sound)} writes")
         results = iter(written)
-        invalid = WriteResult(Refusal.INVALID)
-        return [invalid if row in damaged else next(results) for row in batch.rows]
+        return [
+            WriteResult(refused[row]) if row in refused else next(results) for row in batch.rows
+        ]
+
+    async def _remember(self, namespaces: Sequence[Namespace]) -> set[bytes]:
+        """Fingerprints of those for which the tier has no room. It is well, and goes on."""
+        names = {namespace.fingerprint for namespace in namespaces}
+        try:
+            if names:
+                await self._tier.remember(namespaces)
+        except TierFullError:
+            return names
+        self._known |= names
+        return set()
 
     def _land(self, batch: Batch, results: list[WriteResult] | None) -> None:
         """The tier is done with the slots, whatever became of the blocks."""

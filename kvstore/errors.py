@@ -56,6 +56,10 @@ class TierError(KVStoreError):
     """A tier failed as a whole; the store goes on without it and counts the reason."""
 
 
+class TierFullError(TierError):
+    """A tier has no room for what it was to remember; all else in it goes on."""
+
+
 class CodecError(TierError):
     """Stored bytes are not an encoding of their block, or no codec has that name."""
 

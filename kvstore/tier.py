@@ -188,11 +188,14 @@ class LocalTier(Tier, Protocol):
         ...
 
     def namespaces(self) -> Mapping[bytes, Namespace]:
-        """Every namespace that was ever remembered here, by fingerprint."""
+        """Every namespace that is remembered here, by fingerprint."""
         ...
 
     async def remember(self, namespaces: Sequence[Namespace]) -> None:
-        """Keep the full records of these namespaces beside the blocks."""
+        """Keep the full records of these namespaces beside the blocks.
+
+        Raises TierFullError where there is no room for more of them.
+        """
         ...
 
     def touch(self, keys: Sequence[Key]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from kvstore.admission import AdmissionRule, WriteBudget, admission_rule
-from kvstore.errors import ClosedError, SettingsError, TierError
+from kvstore.errors import ClosedError, SettingsError, TierError, TierFullError
 from kvstore.hashing import Key
 from kvstore.histogram import Distribution
 from kvstore.identity import Namespace
@@ -22,7 +22,7 @@ from kvstore.tiers.nvme_check import check_blocks
 from kvstore.tiers.nvme_reads import read_blocks
 from kvstore.tiers.nvme_records import Durability, RecordError
 from kvstore.tiers.nvme_rows import RecordRows
-from kvstore.tiers.nvme_slab import Slab
+from kvstore.tiers.nvme_slab import Slab, room_of
 from kvstore.tiers.nvme_writes import Writes
 
 T = TypeVar("T")
@@ -139,7 +139,7 @@ class NvmeTier:
             return dict(self._slab.namespaces)
 
     async def remember(self, namespaces: Sequence[Namespace]) -> None:
-        """Raises TierError when they cannot be written down."""
+        """Raises TierError when they cannot be written down, TierFullError when no more may."""
         await self._run(self._writers, lambda: self._remember(namespaces))
 
     def touch(self, keys: Sequence[Key]) -> None:
@@ -204,17 +204,23 @@ class NvmeTier:
 
     def _remember(self, namespaces: Sequence[Namespace]) -> None:
         slab = self._slab
-        with slab.lock:
-            new = {n.fingerprint: n for n in namespaces if n.fingerprint not in slab.namespaces}
-        if not new:
-            return
         with slab.commits:
+            with slab.lock:
+                new = {n.fingerprint: n for n in namespaces if n.fingerprint not in slab.namespaces}
+            if not new:
+                return
+            taken = slab.namespaces_bytes + room_of(new.values())
+            if taken > slab.sizes.namespaces_bytes:
+                raise TierFullError(
+                    f"{self.name}: no room for more namespaces until it is reopened"
+                )
             try:
                 slab.records.remember(new)
             except RecordError as error:
                 raise TierError(f"{self.name}: namespaces cannot be recorded: {error}") from error
-        with slab.lock:
-            slab.namespaces.update(new)
+            with slab.lock:
+                slab.namespaces.update(new)
+                slab.namespaces_bytes = taken
 
     def _retain(self, keys: Sequence[Key], priority: int, expires_s: float) -> int:
         slab = self._slab

@@ -40,6 +40,11 @@ class Sizes(NamedTuple):
         """Records for which the LMDB map has room whatever the order of writes."""
         return (self.map_bytes - MAP_BASE_BYTES) // RECORD_ROOM_BYTES
 
+    @property
+    def namespaces_bytes(self) -> int:
+        """What namespaces may take of the map; the rest is the blocks' own."""
+        return self.map_bytes // 8
+
     @classmethod
     def of(cls, capacity_bytes: int) -> Sizes:
         """Raises SettingsError when the capacity is too small for anything.

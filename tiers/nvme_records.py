@@ -186,6 +186,11 @@ class RecordFile:
             for fingerprint, namespace in namespaces.items():
                 txn.put(fingerprint, namespace.to_json().encode())
 
+    def forget(self, fingerprints: Iterable[bytes]) -> None:
+        with self._env.begin(write=True, db=self._namespaces) as txn:
+            for fingerprint in fingerprints:
+                txn.delete(fingerprint)
+
     def shrink(self, map_bytes: int) -> None:
         """Rewrite the file so that it takes no more than `map_bytes`."""
         self._env.copy(str(self._fresh), compact=True)

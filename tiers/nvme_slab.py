@@ -6,7 +6,7 @@ import errno
 import logging
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -52,6 +52,7 @@ class Slab:
         self.failure: str | None = None  # why nothing is written any more
         self.table = BlockTable(self.sizes.slab_bytes, self.sizes.max_blocks)
         self.namespaces: dict[bytes, Namespace] = {}
+        self.namespaces_bytes = 0  # `room_of` them
         self.written_before = (0, 0)  # the last day on which blocks were written, and the bytes
         with ExitStack() as undo:
             self._directory = undo.enter_context(Directory(path, create=True))
@@ -99,6 +100,8 @@ class Slab:
             if dropped:
                 self._drop(records, dropped)
             self.namespaces = records.namespaces()
+            self._forget_some(records)
+            self.namespaces_bytes = room_of(self.namespaces.values())
             self.written_before = records.written()
         except BaseException:
             records.close()
@@ -114,6 +117,22 @@ class Slab:
             raise
         except RecordError as error:
             self.fail("records", error)
+
+    def _forget_some(self, records: RecordFile) -> None:
+        """Make room for the namespaces to come, where those without blocks take a good part."""
+        if room_of(self.namespaces.values()) <= self.sizes.namespaces_bytes // 2:
+            return
+        held = self.table.slots.usage()
+        unused = [name for name in self.namespaces if name not in held]
+        try:
+            records.forget(unused)
+        except DamageError:
+            raise
+        except RecordError as error:
+            self.fail("records", error)
+        else:
+            for name in unused:
+                del self.namespaces[name]
 
     # ---- changes, called from worker threads
 
@@ -221,3 +240,8 @@ class Slab:
                 raise InvariantError("the records on the disk are not those of the table")
             if not records.intact.all():
                 raise InvariantError("a record on the disk is damaged")
+
+
+def room_of(namespaces: Iterable[Namespace]) -> int:
+    """What these take of the records' file: its pages are half full at worst."""
+    return sum(2 * len(namespace.to_json()) for namespace in namespaces)

@@ -186,3 +186,20 @@ def test_asking_for_strangers_is_not_remembered(ram_rig: Rig) -> None:
         ram_rig.store.explain(chain(1, namespace=stranger))
     assert len(ram_rig.ram.slots._namespaces) == 1
     assert len(ram_rig.hub.namespaces) == 1
+
+
+def test_too_many_namespaces_stay_in_ram_and_nvme_serves_the_others(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    rig.store_below(chain(4))
+    many = [dataclasses.replace(NAMESPACE, salt="s" * 4000 + str(number)) for number in range(30)]
+    for each in many:
+        put(rig.store, chain(1, namespace=each))
+        assert rig.store.flush(PATIENCE_S)
+    below = [rig.store.probe(chain(1, namespace=each)).tiers for each in many]
+    assert rig.store.stats().nvme["breaker_open"] is False
+    assert rig.counter("demotions_refused_full_blocks") > 0
+    assert below == [["ram"]] * len(many)
+    rig.drop_from_ram(chain(1, namespace=many[0]))
+    assert get(rig.store, chain(1, namespace=many[0])) == 1
+    assert get(rig.store, chain(4)) == 4
+    rig.store_below(chain(4, seed=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import random
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.errors import TierFullError
 from kvstore.identity import Namespace
 from kvstore.tier import Miss, Refusal
 from kvstore.tiers.nvme import NvmeTier
@@ -241,6 +243,39 @@ def test_namespaces_are_remembered_once(tmp_path: Path) -> None:
             await tier.remember([MODEL])  # known: nothing is written
         assert set(tier.namespaces()) == {MODEL.fingerprint, other.fingerprint}
         await tier.close()
+
+    run(body())
+
+
+def test_namespaces_take_no_room_of_the_blocks(tmp_path: Path) -> None:
+    """And when it is opened again, those that hold nothing make room for others."""
+    many = [dataclasses.replace(MODEL, model="other", salt="s" * 4000 + str(n)) for n in range(99)]
+
+    async def fill(tier: NvmeTier) -> int:
+        for done, each in enumerate(many):
+            try:
+                await tier.remember([each])
+            except TierFullError:
+                return done
+        return len(many)
+
+    async def body() -> None:
+        tier = NvmeTier(tmp_path, CAPACITY_BYTES)
+        await tier.remember([MODEL])
+        taken = await fill(tier)
+        assert 1 < taken < len(many)
+        await tier.remember([MODEL])
+        room = tier.stats()["max_blocks"]
+        written = await tier.write([item(number, 4096) for number in range(room)])
+        assert {result.refusal for result in written} == {None}
+        assert await tier.delete([key(number) for number in range(1, room)]) == room - 1
+        tier.check_invariants()
+        await tier.close()
+        again = NvmeTier(tmp_path, CAPACITY_BYTES)
+        assert set(again.namespaces()) == {MODEL.fingerprint}
+        assert await fill(again) == taken
+        assert (await get(again, 0, 4096))[1] == content(0, 4096)
+        await again.close()
 
     run(body())
 
