@@ -76,6 +76,7 @@ class Scheduler:
         self._role = role
         self._accounts = Accounts()
         self._reported = self._accounts.stats()
+        self._has_news = False
         self._lookups = Lookups(self._accounts)
         self._prefill = PrefillClock()
         self._namespaces = RequestNamespaces(model, salt)
@@ -99,6 +100,7 @@ class Scheduler:
         question = tracked.question
         if question is None or question.start != start or not self._lookups.is_fresh(question):
             question = self._ask(tracked, start)
+        self._has_news = True
         found = self._lookups.answer(question, GRACE_S if question.ready < 0 else 0.0)
         if found is None:
             return None
@@ -198,6 +200,9 @@ class Scheduler:
                 self._requests[request_id] = fresh
 
     def stats(self) -> KVStoreStats | None:
+        if not self._has_news:
+            return None
+        self._has_news = False
         now = self._accounts.stats()
         before, self._reported = self._reported, now
         stats = KVStoreStats.between(before, now)

@@ -9,7 +9,7 @@ from collections import defaultdict
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from kvstore.connectors.accounts import Accounts
+from kvstore.connectors.accounts import Accounts, ConnectorStats
 from kvstore.connectors.connector import SAVES_BEHIND, Connector
 from kvstore.connectors.convert import Pages
 from kvstore.connectors.vllm_jobs import Done, Job, Orders
@@ -36,7 +36,8 @@ class Worker:
         self._deadline_s = deadline_s
         self._reports = reports
         self._accounts = Accounts()
-        self._reported: Any = None
+        self._reported: ConnectorStats | None = None
+        self._has_news = False
         self._connectors: dict[Namespace, Connector] = {}
         self._lock = threading.Lock()
         self._loading = ThreadPoolExecutor(LOADS_AT_ONCE, "kvstore-load")
@@ -60,6 +61,7 @@ class Worker:
             if self.pages is None or waiting >= SAVES_BEHIND:
                 blocks = (job.stop - job.start) // job.chain.namespace.block_tokens
                 self._accounts.count("dropped_blocks", blocks)
+                self._has_news = True
                 self._done.saves[job.request_id] += 1
             else:
                 self._saves[job.request_id].add(self._saving.submit(self._save, job))
@@ -94,9 +96,11 @@ class Worker:
                 del self._saves[request_id]
         saved = {each for each in self._held if each not in self._saves}
         self._held -= saved
+        self._has_news |= bool(self._done.saves)
         loaded = {each for each, load in self._loads.items() if load.done()}
         for each in loaded:
             failed = self._loads.pop(each).result()
+            self._has_news = True
             self._failed_pages |= failed
             if failed:
                 self._done.failed_loads.add(each)
@@ -112,8 +116,9 @@ class Worker:
         return done if done.saves or done.failed_loads else None
 
     def stats(self) -> KVStoreStats | None:
-        if not self._reports:
+        if not (self._reports and self._has_news):
             return None
+        self._has_news = False
         now = self._accounts.stats()
         before, self._reported = self._reported, now
         stats = KVStoreStats.between(before, now)
