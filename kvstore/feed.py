@@ -134,9 +134,13 @@ class Feed:
 
     def close(self) -> None:
         """Tell that all is gone; nothing is recorded after that. May be called twice."""
-        self.append(Cleared())
         with self._lock:
+            if self._log is not None and not self._closed:
+                self._log.append(Cleared())
+            # Under the same lock: who reads that event, and then nothing, must see the end.
             self._closed = True
+            for wake in self._wakes:
+                wake()
 
     @property
     def closed(self) -> bool:

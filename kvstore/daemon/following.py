@@ -34,11 +34,12 @@ class Following:
         try:
             while True:
                 news.clear()
+                is_last = self._feed.closed  # before reading: it may end meanwhile, with an event
                 events = self._feed.read(after_id, BATCH_BLOCKS)
                 if events:
                     after_id = events[-1][0]
                     yield events
-                elif self._feed.closed:
+                elif is_last:
                     return
                 else:
                     await news.wait()
