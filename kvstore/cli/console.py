@@ -15,6 +15,8 @@ from rich.text import Text
 out = Console()
 err = Console(stderr=True)
 
+NAME_CHARACTERS = 80
+
 Report = Callable[[int, int], None]  # (done, total)
 
 
@@ -36,6 +38,12 @@ def show(text: str) -> None:
     """A piece of a result, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def shown(name: str) -> str:
+    """A name that a client has chosen, short, and without what a terminal would obey."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in name)
+    return text if len(text) <= NAME_CHARACTERS else text[: NAME_CHARACTERS - 3] + "..."
 
 
 def tell(text: str) -> None:

@@ -72,12 +72,12 @@ def read(place: Place, settings: Settings) -> Listing:
 
 def show_namespaces(summaries: list[dict[str, Any]]) -> None:
     """One a line: its name, blocks, tokens and size, when last used, and whose it is."""
-    from kvstore.cli.console import show
+    from kvstore.cli.console import show, shown
 
     show(f"{'namespace':32}  {'blocks':>9}  {'tokens':>9}  {'size':>9}  {'last use':19}  model\n")
     for each in summaries:
         known = each["namespace"]
-        model = f"{known['model']}, {known['kv_dtype']}" if known else "unknown"
+        model = f"{shown(known['model'])}, {known['kv_dtype']}" if known else "unknown"
         salted = ", salted" if known and known["salt"] else ""
         tokens = "" if each["tokens"] is None else each["tokens"]
         show(
@@ -93,7 +93,7 @@ def moment(seconds: float) -> str:
 
 
 def _show_chains(chains: list[dict[str, Any]]) -> None:
-    from kvstore.cli.console import show
+    from kvstore.cli.console import show, shown
 
     show(f"{'head':32}  {'blocks':>9}  {'longest':>9}  {'size':>9}  {'last use':19}  model\n")
     for chain in chains:
@@ -102,12 +102,12 @@ def _show_chains(chains: list[dict[str, Any]]) -> None:
         show(
             f"{chain['head']}  {chain['blocks']:>9}  {chain['length']:>9}  "
             f"{format_size(chain['raw_bytes']):>9}  {moment(chain['last_use_s']):19}  "
-            f"{chain['model'] or 'unknown'}{cut}\n"
+            f"{shown(chain['model'] or 'unknown')}{cut}\n"
         )
 
 
 def _show_blocks(listing: Listing) -> None:
-    from kvstore.cli.console import show
+    from kvstore.cli.console import show, shown
     from kvstore.cli.listing import by_block
 
     show(
@@ -117,5 +117,5 @@ def _show_blocks(listing: Listing) -> None:
         show(
             f"{block['key']}  {format_size(block['stored_bytes']):>9}  {block['codec']:5}  "
             f"{block['priority']:>4}  {moment(block['last_use_s']):19}  "
-            f"{','.join(block['tiers']):8}  {block['model'] or 'unknown'}\n"
+            f"{','.join(block['tiers']):8}  {shown(block['model'] or 'unknown')}\n"
         )

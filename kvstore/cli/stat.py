@@ -130,11 +130,11 @@ def _show_daemon(report: Mapping[str, Any]) -> None:
 
 
 def _show_namespaces(namespaces: list[dict[str, Any]]) -> None:
-    from kvstore.cli.console import show
+    from kvstore.cli.console import show, shown
 
     for each in namespaces:
         known = each["namespace"]
-        model = f"{known['model']}, {known['kv_dtype']}" if known else "unknown model"
+        model = f"{shown(known['model'])}, {known['kv_dtype']}" if known else "unknown model"
         held = "; ".join(f"{tier} {_blocks(there, known)}" for tier, there in each["tiers"].items())
         show(f"{each['fingerprint']}  {held}: {model}\n")
 

@@ -161,3 +161,16 @@ def test_verify_shows_the_first_findings_and_counts_the_rest(
         "and 10 more; --json has them all",
         "30 blocks, 240 KiB read: problems: 30",
     ]
+
+
+@pytest.mark.parametrize("args", [["ls"], ["ls", "--chains"], ["ls", "--blocks"], ["stat"]])
+def test_names_that_clients_chose_do_nothing_to_a_terminal(
+    here: Callable[..., Done], tmp_path: Path, args: list[str]
+) -> None:
+    path = tmp_path / "blocks"
+    with kvstore.open(ram_bytes="4 MiB", nvme_path=path, nvme_bytes="8 MiB") as store:
+        fill(store, 1, model="\x1b]0;mine\x07\r\n" + "m" * 500)
+    shown = here(*args, path).stdout
+    assert "?]0;mine???mmm" in shown
+    assert "\x1b" not in shown
+    assert max(map(len, shown.splitlines())) < 250
