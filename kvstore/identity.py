@@ -83,5 +83,9 @@ class Namespace:
 
     def differences(self, other: Namespace) -> Mapping[str, tuple[Any, Any]]:
         """Fields in which the two differ: name -> (ours, theirs)."""
-        ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+        # Asked of every namespace that a store knows: `asdict` would take ten times as long.
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in _FIELDS}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Namespace))

@@ -73,8 +73,11 @@ class BlockStore:
         with self._hub.lock:
             self._hub.check_open()
             answer = self._lookup.explain_locked(chain)
-            known = list(filter(known_to, self._lookup.namespaces_locked().values()))
-        if answer.namespace_known or not known or answer.reason != Miss.ABSENT.value:
+            namespaces = self._lookup.namespaces_locked()
+        if answer.namespace_known or answer.reason != Miss.ABSENT.value:
+            return answer
+        known = list(filter(known_to, namespaces.values()))
+        if not known:
             return answer
         nearest = min(known, key=lambda other: len(asked.differences(other)))
         return dataclasses.replace(

@@ -126,8 +126,7 @@ class ZmqDoor:
         named = {event.namespace for event in events if not isinstance(event, Cleared)}
         if not named <= self._looked_up:
             self._looked_up |= named
-            usage = self._store.usage()
-            self._namespaces = {each.namespace.fingerprint: each.namespace for each in usage}
+            self._namespaces = self._store.inventory.namespaces()
 
     async def _replay(self, replayer: zmq.asyncio.Socket) -> None:
         while True:
