@@ -24,9 +24,9 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolTransferRes
 from kvstore.connectors.accounts import ConnectorStats
 from kvstore.connectors.connector import Connector
 from kvstore.connectors.convert import Pages
+from kvstore.connectors.options import SharedStore, read_options
 from kvstore.connectors.sglang_namespace import page_chain, pool_namespace
 from kvstore.connectors.sglang_pages import check_pool, host_pages, page_numbers
-from kvstore.connectors.vllm_options import SharedStore, read_options
 from kvstore.errors import KVStoreError, SettingsError
 from kvstore.hashing import Chain
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvstore.connectors.options import Options
 from kvstore.connectors.sglang_pages import kv_dtype
-from kvstore.connectors.vllm_options import Options
 from kvstore.engine import naming
 from kvstore.errors import ModelError
 from kvstore.hashing import HASHES, Chain

@@ -22,10 +22,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvstore.connectors.options import SharedStore, read_options
 from kvstore.connectors.vllm_events import Events
 from kvstore.connectors.vllm_jobs import Done, Orders, Ready
 from kvstore.connectors.vllm_namespace import model_namespace
-from kvstore.connectors.vllm_options import SharedStore, read_options
 from kvstore.connectors.vllm_pages import vllm_pages
 from kvstore.connectors.vllm_scheduler import Scheduler
 from kvstore.connectors.vllm_stats import KVStorePromMetrics, KVStoreStats

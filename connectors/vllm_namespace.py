@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvstore.connectors.vllm_options import Options
+from kvstore.connectors.options import Options
 from kvstore.engine.hf_folder import HFFolder
 from kvstore.errors import LayoutError, ModelError
 from kvstore.identity import Namespace, salt_digest

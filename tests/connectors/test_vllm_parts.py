@@ -14,9 +14,9 @@ from torch import Tensor
 import kvstore
 from kvstore.connectors.accounts import Accounts
 from kvstore.connectors.connector import Connector
+from kvstore.connectors.options import SharedStore, read_options
 from kvstore.connectors.vllm_lookups import LATE_S, Lookups
 from kvstore.connectors.vllm_namespace import RequestNamespaces
-from kvstore.connectors.vllm_options import SharedStore, read_options
 from kvstore.connectors.vllm_pages import cpu_pages, proven
 from kvstore.connectors.vllm_prefill import PrefillClock
 from kvstore.errors import LayoutError, SettingsError
