@@ -38,7 +38,7 @@ class Distribution(NamedTuple):
         return sum(self.counts)
 
     def quantile(self, share: float) -> float | None:
-        """The value that `share` (above 0, up to 1) of all do not exceed, or None where there are none.
+        """What `share` (above 0, up to 1) of all values do not exceed; None where there are none.
 
         As if values lay evenly between two bounds; those beyond the last bound as if on it.
         """
