@@ -81,8 +81,9 @@ def export(
         )
     else:
         _tell_saved(archive, saved)
-    # What goes while a store is in use has gone; all else should have been there.
-    return 1 if saved.missed.keys() - {"evicted", "absent"} else 0
+    # What goes while a store is in use has gone; but something should have been there.
+    lost = saved.missed.keys() - {"evicted", "absent"} or not saved.blocks
+    return 1 if saved.missed and lost else 0
 
 
 @click.command(

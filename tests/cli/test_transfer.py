@@ -21,7 +21,9 @@ from kvstore.retention import Retention
 from kvstore.tier import Record
 from tests.cli.commands import Done, fill, namespace
 from tests.cli.test_bad_input import refused
+from tests.daemon.data_doors import DataDaemon
 from tests.daemon.doors import DaemonProcess
+from tests.daemon.tenants import OPERATOR, TENANTS
 
 BLOCK_BYTES = 8192
 FRAME_BYTES = HEADER_BYTES + BLOCK_BYTES
@@ -317,3 +319,14 @@ def test_a_hostile_file_cannot_ask_for_memory(tmp_path: Path) -> None:
         writer.block(record, memoryview(b"x"))
     found = [type(entry) for entry in entries(file)]
     assert found == [Namespace, Namespace, Damage]
+
+
+def test_who_may_list_blocks_but_not_read_them_has_exported_nothing(
+    here: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant's keys are re-made with its secret, also those of blocks that it may list."""
+    monkeypatch.setenv("KVSTORE_CLIENT__TOKEN", OPERATOR)
+    with kvstore.open(ram_bytes="4 MiB") as store, DataDaemon(store, TENANTS) as daemon:
+        fill(store, 3)
+        done = here("export", tmp_path / "all.kv", "--store", daemon.url, "--json")
+    assert (done.status, done.data["blocks"], done.data["missed"]) == (1, 0, {"absent": 3})
