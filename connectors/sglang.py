@@ -115,8 +115,9 @@ class KVStoreHiCache(HiCacheStorage):  # type: ignore[misc]
             shared = SharedStore(options)
         except SettingsError:
             raise
-        except KVStoreError as refusal:
-            log.warning("kvstore: running without it: %s", refusal)
+        except Exception as refusal:
+            why = refusal if isinstance(refusal, KVStoreError) else repr(refusal)
+            log.warning("kvstore: running without it: %s", why)
             return
         connector = Connector(shared.store, namespace, heads=heads, deadline_s=options.deadline_s)
         self._attached = _Attached(connector, pages, shared)

@@ -184,6 +184,8 @@ def test_a_store_without_room_keeps_what_it_can(sglang: Worker, tmp_path: Path) 
         ({"extra": {"interface_v1": 0}}, "interface_v1"),
         ({"extra": {"namespace": None}}, "give `model` or `namespace`"),
         ({"extra": {"namespace": None}, "model_name": "nobody/nothing"}, "nobody/nothing"),
+        ({"extra": {"namespace": None, "model": "/nowhere at all"}}, "/nowhere at all"),
+        ({"extra": {"namespace": None, "model": "tests"}}, "tests"),
     ],
 )
 def test_what_is_not_known_is_said_once_and_never_hits(
