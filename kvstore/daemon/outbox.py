@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ class Outbox:
         self._frames: deque[bytes] = deque()
         self._frames_bytes = 0
         self._blocks: deque[tuple[int, memoryview]] = deque()
-        self._sending: int | None = None  # the lease of which a piece is on its way
+        self._taken: Counter[int] = Counter()  # blocks of each lease that went out, or are going
         self._ended = False
 
     def put(self, frame: bytes) -> bool:
@@ -52,11 +52,11 @@ class Outbox:
                 self._blocks.extend((lease, view) for view in views)
                 self._changed.notify()
 
-    def drop(self, lease: int) -> bool:
-        """Send no more of a lease. True where nothing of it is on its way any more."""
+    def drop(self, lease: int) -> int:
+        """Send no more of a lease; returns how many of its blocks went out, or are going."""
         with self._changed:
             self._blocks = deque(item for item in self._blocks if item[0] != lease)
-            return self._sending != lease
+            return self._taken.pop(lease, 0)
 
     def finish(self) -> None:
         """Send the words that are here, no blocks, and then nothing."""
@@ -66,9 +66,8 @@ class Outbox:
             self._changed.notify()
 
     def take(self) -> Piece | None:
-        """Wait for what is to go out now; None at the end. What was taken before has gone out."""
+        """Wait for what is to go out now; None at the end."""
         with self._changed:
-            self._sending = None
             while not self._frames and not self._blocks:
                 if self._ended:
                     return None
@@ -81,7 +80,7 @@ class Outbox:
             return self._take_blocks()
 
     def _take_blocks(self) -> Piece:
-        lease = self._sending = self._blocks[0][0]
+        lease = self._blocks[0][0]
         views: list[Buffer] = []
         nbytes = 0
         while self._blocks and self._blocks[0][0] == lease:
@@ -91,5 +90,6 @@ class Outbox:
             views.append(view)
             nbytes += len(view)
             self._blocks.popleft()
+        self._taken[lease] += len(views)
         frame = wire.encode(wire.Payload(lease, len(views), nbytes))
         return Piece([frame, *views], lease, len(views))

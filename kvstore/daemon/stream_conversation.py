@@ -57,7 +57,7 @@ class StreamConversation(Conversation):
         super().__init__(service, session, push)
         self._outbox = outbox
         self._sending: dict[int, _Sending] = {}
-        self._unwanted: set[int] = set()  # leases of which a last piece is on its way
+        self._unwanted: dict[int, int] = {}  # lease -> its blocks that are still to be heard of
 
     def answer(self, request: wire.Request) -> Answer:
         match request:
@@ -82,8 +82,10 @@ class StreamConversation(Conversation):
     def sent(self, number: int, blocks: int) -> None:
         """So many more blocks of a lease have gone out."""
         if number in self._unwanted:
-            self._unwanted.discard(number)
-            self._session.release(number)
+            self._unwanted[number] -= blocks
+            if not self._unwanted[number]:
+                del self._unwanted[number]
+                self._session.release(number)
         elif number in self._sending:
             self._sending[number].sent += blocks
             self._end_if_sent(number)
@@ -129,14 +131,18 @@ class StreamConversation(Conversation):
         sending = self._sending[number]
         if number not in self._filling and sending.sent >= sending.told:
             del self._sending[number]
+            self._outbox.drop(number)
             self._session.release(number)
 
     def _let_go(self, number: int) -> None:
         """The client wants no more of a lease."""
         self._filled(number)
-        if self._sending.pop(number, None) is None:
+        sending = self._sending.pop(number, None)
+        if sending is None:
             return  # all of it has gone out before
-        if self._outbox.drop(number):
-            self._session.release(number)
+        # One piece may have gone out that we have yet to hear of, and the next be on its way.
+        unheard = self._outbox.drop(number) - sending.sent
+        if unheard:
+            self._unwanted[number] = unheard
         else:
-            self._unwanted.add(number)
+            self._session.release(number)

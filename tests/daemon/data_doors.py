@@ -66,8 +66,15 @@ class DataDaemon(Daemon):
 class RawClient:
     """Says on the data door whatever it is told to, and hears what is answered."""
 
-    def __init__(self, daemon: DataDaemon, token: str = "") -> None:
-        self.socket = socket.create_connection(daemon.endpoint, PATIENCE_S)
+    def __init__(
+        self, daemon: DataDaemon, token: str = "", receive_bytes: int | None = None
+    ) -> None:
+        """`receive_bytes`: what the kernel takes in for us, when that is to be little."""
+        self.socket = socket.socket()
+        self.socket.settimeout(PATIENCE_S)
+        if receive_bytes is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        self.socket.connect(daemon.endpoint)
         self.say(wire.Hello(wire.VERSION, "raw", token))
         self._seq = 0
 

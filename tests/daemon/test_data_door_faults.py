@@ -12,6 +12,9 @@ import pytest
 from kvstore import wire
 from kvstore.client.client import StoreClient
 from kvstore.daemon.data_connection import UNANSWERED
+from kvstore.daemon.outbox import Outbox
+from kvstore.daemon.stream_conversation import StreamConversation
+from kvstore.tenant import LOCAL
 from tests.daemon.data_doors import (
     LARGE,
     LARGE_BYTES,
@@ -77,7 +80,7 @@ def test_who_wants_no_more_gets_no_more(large_daemon: DataDaemon) -> None:
 
 
 def test_blocks_that_are_being_sent_stay_pinned(large_daemon: DataDaemon) -> None:
-    with RawClient(large_daemon) as raw:
+    with RawClient(large_daemon, receive_bytes=64 << 10) as raw:  # far less than a piece
         raw.hear()
         number = raw.open(chain(1, namespace=LARGE))
         leased = raw.about(wire.Acquire, chain(24, namespace=LARGE))
@@ -99,7 +102,37 @@ def test_blocks_that_are_being_sent_stay_pinned(large_daemon: DataDaemon) -> Non
 def writer_is_stuck(daemon: DataDaemon) -> bool:
     """Whether a piece of a lease is on its way, as it stays while the client does not read."""
     (connection,) = daemon.data_door._connections
-    return connection._outbox._sending is not None
+    return bool(connection._outbox._taken)
+
+
+def test_a_lease_ends_with_the_last_piece_of_it_and_not_with_one_before(
+    large_daemon: DataDaemon,
+) -> None:
+    """One piece has gone out and nobody has heard of it yet, when the next is on its way."""
+
+    def talk() -> list[int]:
+        service = large_daemon.service
+        session = service.open(LOCAL, "test")
+        outbox = Outbox()
+        conversation = StreamConversation(service, session, lambda reply: None, outbox)
+        asked = chain(24, namespace=LARGE)
+        number = session.open_namespace(LARGE.to_json())
+        keys = wire.pack_keys(asked.keys)
+        leased = conversation.answer(wire.Acquire(1, number, asked.parent, keys))
+        assert isinstance(leased, wire.Leased)
+        conversation._report()
+        first, second = outbox.take(), outbox.take()
+        assert first is not None
+        assert second is not None
+        conversation.answer(wire.Release(leased.lease))
+        held = [len(session.leases)]
+        for piece in (first, second):
+            conversation.sent(leased.lease, piece.blocks)
+            held.append(len(session.leases))
+        service.end(session)
+        return held
+
+    assert large_daemon.call(talk) == [1, 1, 0]
 
 
 def test_pins_are_back_when_a_client_dies_mid_stream(large_daemon: DataDaemon) -> None:
