@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
@@ -53,12 +54,19 @@ def status_of(error: KVStoreError) -> grpc.StatusCode:
     return next(found, grpc.StatusCode.INTERNAL)
 
 
+OPEN_STREAMS = 64  # at once, of health and reflection: who asks for those needs no token
+
+
 class Guard(grpc.aio.ServerInterceptor):
     """Stands before every method of every service of a server.
 
     A request is decoded here, so that one that cannot be is the client's error. Without this
-    grpc logs a traceback, and sends its last line.
+    grpc logs a traceback, and sends its last line. And strangers get only so many of the calls
+    that a server answers at once, for theirs may last for ever.
     """
+
+    def __init__(self) -> None:
+        self._open_streams = 0
 
     async def intercept_service(
         self,
@@ -66,10 +74,29 @@ class Guard(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        return None if handler is None else _guarded(handler, handler_call_details.method)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        is_ours = method.startswith("/kvstore.")
+        counted = self._counted if handler.response_streaming and not is_ours else _uncounted
+        return _guarded(handler, method, counted)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Raises TooManyError."""
+        if self._open_streams >= OPEN_STREAMS:
+            raise TooManyError(f"{OPEN_STREAMS} streams of health and reflection are open")
+        self._open_streams += 1
+        try:
+            yield
+        finally:
+            self._open_streams -= 1
 
 
-def _guarded(handler: Any, method: str) -> Any:
+_uncounted = contextlib.nullcontext
+
+
+def _guarded(handler: Any, method: str, counted: Callable[[], AbstractContextManager[None]]) -> Any:
     """The same handler, of whatever kind, whose every failure is a status."""
     streams_in, streams_out = handler.request_streaming, handler.response_streaming
     kind = f"{'stream' if streams_in else 'unary'}_{'stream' if streams_out else 'unary'}"
@@ -81,11 +108,13 @@ def _guarded(handler: Any, method: str) -> Any:
                 request = handler.request_deserializer(request)
             if inspect.isasyncgenfunction(answer):
                 # To its end here: grpc leaves the generators of cancelled calls to the collector.
-                async with contextlib.aclosing(answer(request, context)) as replies:
-                    async for reply in replies:
-                        await context.write(reply)
+                with counted():
+                    async with contextlib.aclosing(answer(request, context)) as replies:
+                        async for reply in replies:
+                            await context.write(reply)
                 return None
-            return await answer(request, context)
+            with counted():
+                return await answer(request, context)
         except grpc.aio.AbortError:  # it has its status already
             raise
         except grpc.aio.InternalError:  # what was written did not go out

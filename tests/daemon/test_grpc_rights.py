@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from kvstore.daemon import grpc_guard
 from kvstore.daemon.grpc_door import GrpcDoor
 from kvstore.daemon.listening import Endpoint
 from kvstore.daemon.tokens import Tenants, TokenRecord, digest_of
@@ -177,6 +178,20 @@ def test_health_and_reflection_need_no_token(connect: Connect, daemon: Daemon) -
     (reply,) = reflection.ServerReflectionInfo(iter([request]))
     names = {each.name for each in reply.list_services_response.service}
     assert {"kvstore.v1.Store", "kvstore.v1.Admin", "grpc.health.v1.Health"} <= names
+
+
+def test_strangers_leave_calls_to_others(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_guard, "OPEN_STREAMS", 2)
+    stranger = connect(None).channel
+    health: Any = health_pb2_grpc.HealthStub(stranger)
+    watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
+    assert [next(watch).status for watch in watches] == [health_pb2.HealthCheckResponse.SERVING] * 2
+    with pytest.raises(grpc.RpcError) as refused:
+        next(health.Watch(health_pb2.HealthCheckRequest()))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    health.Check(health_pb2.HealthCheckRequest())
+    for watch in watches:
+        watch.cancel()
 
 
 @pytest.mark.usefixtures("_grpc_runtime")
