@@ -78,7 +78,7 @@ def connect(
     ca: str | Path | None = None,
     certificate: str | Path | None = None,
     key: str | Path | None = None,
-    timeout_s: float = 5.0,
+    timeout_s: float = 2.0,
 ) -> StoreClient:
     """The store of a daemon: the same verbs as that of `open`.
 
