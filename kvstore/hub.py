@@ -26,6 +26,7 @@ from kvstore.tier import HubTier, LocalTier
 MiB = 1 << 20
 
 DAMAGED_REMEMBERED = 65_536  # keys of which `explain` can say that their checksum was wrong
+NAMESPACES_REMEMBERED = 16_384  # or twice as many as have blocks in RAM
 USED_REMEMBERED = 4096  # leases; more are only released at once where as many were held
 
 
@@ -66,7 +67,8 @@ class Hub:
         self.promotion_s = Histogram(LATENCY_BOUNDS_S)
         self.demotion_s = Histogram(LATENCY_BOUNDS_S)
         self.eviction_age_s = Histogram(AGE_BOUNDS_S)
-        self.namespaces: dict[bytes, Namespace] = {}  # of what was committed here
+        self.namespaces: dict[bytes, Namespace] = {}  # of what is here, and was lately
+        self._most_namespaces = NAMESPACES_REMEMBERED
         # Keys of released leases, for the recency of the lower tier.
         self.used: deque[Sequence[Key]] = deque(maxlen=0 if lower is None else USED_REMEMBERED)
         self.damaged: set[Key] = set()  # last seen with a wrong checksum
@@ -137,11 +139,20 @@ class Hub:
     ) -> list[bool]:
         """Commit filled rows; True for those that now are the resident copy of their key."""
         fingerprint = namespace.fingerprint
-        self.namespaces.setdefault(fingerprint, namespace)
+        if fingerprint not in self.namespaces:
+            self._forget_namespaces_locked()
+            self.namespaces[fingerprint] = namespace
         if self.damaged:
             self.damaged.difference_update(keys)
         self.mark_used_locked(rows)
         return self.slots.commit(rows, Batch(fingerprint, keys, parents, priority, ttl_s))
+
+    def _forget_namespaces_locked(self) -> None:
+        """Those without a block here, where there are many: some engines have one a user."""
+        if len(self.namespaces) >= self._most_namespaces:
+            held = self.slots.usage()
+            self.namespaces = {name: each for name, each in self.namespaces.items() if name in held}
+            self._most_namespaces = max(NAMESPACES_REMEMBERED, 2 * len(self.namespaces))
 
     def mark_used_locked(self, rows: Rows) -> None:
         """These rows are in use now; their age at eviction is counted from here."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
+from kvstore import hub
 from kvstore.retention import Retention
 from kvstore.tier import Miss
 from tests.store.conftest import MakeRig
@@ -203,3 +206,16 @@ def test_too_many_namespaces_stay_in_ram_and_nvme_serves_the_others(make_rig: Ma
     assert get(rig.store, chain(1, namespace=many[0])) == 1
     assert get(rig.store, chain(4)) == 4
     rig.store_below(chain(4, seed=1))
+
+
+def test_namespaces_without_blocks_are_forgotten(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "NAMESPACES_REMEMBERED", 4)
+    rig = make_rig(ram_blocks=8)
+    many = [dataclasses.replace(NAMESPACE, salt=str(number)) for number in range(100)]
+    for each in many:
+        put(rig.store, chain(1, namespace=each))
+        assert rig.store.flush(PATIENCE_S)
+    assert len(rig.hub.namespaces) <= 2 * 8
+    assert [get(rig.store, chain(1, namespace=each)) for each in many] == [1] * 100
