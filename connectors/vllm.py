@@ -63,7 +63,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             raise SettingsError(
                 "vLLM's scheduler and workers are separate processes and need one store: start "
                 "`kvstore daemon` and give its url in kv_connector_extra_config "
-                "(or, with one worker, run with --distributed-executor-backend uni)"
+                "(or, with one worker, run with --distributed-executor-backend uni, and on a CPU "
+                "with VLLM_ENABLE_V1_MULTIPROCESSING=0)"
             )
         self._salt = options.salt
         self._shared: SharedStore | None = None

@@ -8,6 +8,7 @@ address of a daemon (unix:///...). Start it twice: the second time the text is l
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -29,11 +30,12 @@ def transfer_config(cache: str) -> KVTransferConfig:
 
 
 def main(model: str, text: str, cache: str) -> None:
+    # A store of this process's own needs vLLM's scheduler and worker to be in it, too.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     llm = LLM(
         model,
         max_model_len=4096,
         kv_transfer_config=transfer_config(cache),
-        # A store of this process's own needs vLLM's worker to be in it, too.
         distributed_executor_backend="uni",
         disable_log_stats=False,
     )
