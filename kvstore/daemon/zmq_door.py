@@ -150,14 +150,17 @@ async def _logged(work: Coroutine[Any, Any, None]) -> None:
 
 
 def _bind(context: zmq.asyncio.Context, kind: int, address: str, origin: str) -> zmq.asyncio.Socket:
+    scheme, _, place = address.partition("://")
+    if scheme == "tcp" and not is_loopback(place.rpartition(":")[0].strip("[]")):
+        raise SettingsError(
+            f"{origin} = {address}: subscribers are not asked who they are, so this opens to this "
+            "machine only: listen on tcp://127.0.0.1, and let others in through a tunnel or proxy"
+        )
     socket = context.socket(kind)
     # A whole replay must fit, or ROUTER would drop the rest in silence; and a reader's pace is
     # only known to within half the limit, so twice that.
     limit = QUEUED_BATCHES if kind == zmq.PUB else 2 * (REPLAYED_BATCHES + 1)
     socket.setsockopt(zmq.SNDHWM, limit)
-    scheme, _, place = address.partition("://")
-    if scheme == "tcp" and not is_loopback(place.rpartition(":")[0].strip("[]")):
-        log.warning("%s: whoever reaches %s learns which blocks are held", origin, address)
     try:
         socket.bind(address)
     except zmq.ZMQError as error:

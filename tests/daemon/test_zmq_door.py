@@ -249,12 +249,10 @@ def test_two_publishers_cannot_share_an_address(daemon: Daemon, tmp_path: Path) 
     daemon.run(door.close())
 
 
-def test_an_address_for_everyone_is_warned_of(
-    daemon: Daemon, caplog: pytest.LogCaptureFixture
-) -> None:
-    door = daemon.call(lambda: ZmqDoor(daemon.service, "tcp://0.0.0.0:*", None))
-    daemon.run(door.close())
-    assert "whoever reaches tcp://0.0.0.0:* learns which blocks are held" in caplog.text
+@pytest.mark.parametrize("address", ["tcp://0.0.0.0:*", "tcp://*:5557", "tcp://[::]:5557"])
+def test_an_address_for_everyone_is_refused(daemon: Daemon, address: str) -> None:
+    with pytest.raises(SettingsError, match="opens to this machine only"):
+        daemon.call(lambda: ZmqDoor(daemon.service, address, None))
 
 
 # ---- the whole daemon
