@@ -17,7 +17,9 @@ def measure(bench: Bench) -> Iterator[Row]:
     try:
         import torch
     except ImportError as error:
-        raise NotHereError("torch is not installed: pip install 'kvstore[engine]'") from error
+        raise NotHereError(
+            "torch is not installed: pip install -e '.[engine]' in its clone"
+        ) from error
     from kvstore.engine.engine import Engine
     from kvstore.engine.loading import load
 

@@ -23,7 +23,7 @@ def measure(bench: Bench) -> Iterator[Row]:
         import transformers
     except ImportError as error:
         raise NotHereError(
-            f"{error.name} is not installed: pip install 'kvstore[engine,dev]'"
+            f"{error.name} is not installed: pip install -e '.[engine,dev]' in its clone"
         ) from error
     from kvstore.engine.engine import Engine
 

@@ -63,7 +63,7 @@ def __getattr__(name: str) -> Any:
             raise
         raise ImportError(
             f"kvstore.{name} needs {error.name!r}, which is not installed: "
-            f"pip install 'kvstore[engine]'"
+            f"pip install -e '.[engine]' in its clone"
         ) from error
     globals()[name] = value
     return value

@@ -65,7 +65,8 @@ except ImportError as error:
     print(error)
 """
     assert python(code).strip() == (
-        "kvstore.Engine needs 'torch', which is not installed: pip install 'kvstore[engine]'"
+        "kvstore.Engine needs 'torch', which is not installed: "
+        "pip install -e '.[engine]' in its clone"
     )
 
 

@@ -65,7 +65,8 @@ def engine_extra() -> Iterator[None]:
         if error.name is None or error.name.startswith("kvstore"):
             raise
         raise KVStoreError(
-            f"this needs {error.name}, which is not installed: pip install 'kvstore[engine]'"
+            f"this needs {error.name}, which is not installed: "
+            "pip install -e '.[engine]' in its clone"
         ) from error
 
 

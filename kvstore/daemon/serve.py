@@ -104,7 +104,8 @@ def _http_endpoint(text: str | None) -> Endpoint | None:
         from kvstore.daemon.http_door import check_loopback
     except ModuleNotFoundError as error:
         raise SettingsError(
-            f"daemon.http needs {error.name}, which is not installed: pip install 'kvstore[daemon]'"
+            f"daemon.http needs {error.name}, which is not installed: "
+            "pip install -e '.[daemon]' in its clone"
         ) from None
     check_loopback(endpoint)
     return endpoint
@@ -120,7 +121,7 @@ def _import_grpc_door() -> None:
             raise
         raise SettingsError(
             "daemon.grpc needs grpcio, which is not installed, or too old: "
-            "pip install 'kvstore[daemon]'"
+            "pip install -e '.[daemon]' in its clone"
         ) from None
 
 
@@ -130,7 +131,8 @@ def _zmq_door(service: Service, publish: str, replay: str | None) -> ZmqDoor:
         from kvstore.daemon.zmq_door import ZmqDoor
     except ModuleNotFoundError as error:
         raise SettingsError(
-            f"daemon.zmq needs {error.name}, which is not installed: pip install 'kvstore[events]'"
+            f"daemon.zmq needs {error.name}, which is not installed: "
+            "pip install -e '.[events]' in its clone"
         ) from None
     return ZmqDoor(service, publish, replay)
 

@@ -59,7 +59,7 @@ def test_without_the_engine_extra(home: Path, model: Path) -> None:
         "from kvstore.cli.main import run\n"
         "sys.exit(run(sys.argv[1:]))\n"
     )
-    advice = "this needs torch, which is not installed: pip install 'kvstore[engine]'"
+    advice = "this needs torch, which is not installed: pip install -e '.[engine]' in its clone"
     for command in (("generate", "hello"), ("chat",), ("demo",)):
         done = python(home, code, *command, "--model", str(model))
         assert done == Done(1, "", f"kvstore: {advice}\n")

@@ -115,5 +115,5 @@ def test_only_this_door_needs_grpcio(make_process: MakeProcess, tmp_path: Path) 
     assert process.end() == 0
     done = kvstore(tmp_path, "daemon", "--socket", str(process.path), "--grpc", "127.0.0.1:0")
     assert done.status == 2
-    assert "pip install 'kvstore[daemon]'" in done.stderr
+    assert "pip install -e '.[daemon]' in its clone" in done.stderr
     assert "Traceback" not in done.stderr

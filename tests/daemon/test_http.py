@@ -303,4 +303,7 @@ def test_what_to_install(tmp_path: Path, missing: str) -> None:
     )
     assert done.status == 2
     assert done.stderr.count("\n") == 1
-    assert f"needs {missing}, which is not installed: pip install 'kvstore[daemon]'" in done.stderr
+    assert (
+        f"needs {missing}, which is not installed: pip install -e '.[daemon]' in its clone"
+        in done.stderr
+    )

@@ -299,6 +299,7 @@ def test_without_pyzmq_a_daemon_says_what_to_install(tmp_path: Path) -> None:
     done = kvstore(tmp_path, *args, "--ram-bytes", "1 MiB", PYTHONPATH=path)
     assert done.status == 2
     assert (
-        "daemon.zmq needs zmq, which is not installed: pip install 'kvstore[events]'" in done.stderr
+        "daemon.zmq needs zmq, which is not installed: pip install -e '.[events]' in its clone"
+        in done.stderr
     )
     assert "Traceback" not in done.stderr
