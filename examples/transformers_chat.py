@@ -2,9 +2,9 @@
 
     python examples/transformers_chat.py MODEL CACHE
 
-MODEL is a Hugging Face folder or name, CACHE a directory for the KV, or the address of a
-daemon (unix:///...). Ask, end with Ctrl-D, start again and ask the same: what was read and
-said before is loaded and not computed.
+MODEL is a Hugging Face folder or name, such as HuggingFaceTB/SmolLM2-135M-Instruct; CACHE a
+directory for the KV, or the address of a daemon (unix:///...). Ask, end with Ctrl-D, start
+again and ask the same: what was read and said before is loaded and not computed.
 """
 
 from __future__ import annotations
@@ -56,4 +56,6 @@ def read(prompt: str) -> str:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    if len(sys.argv) != 3:
+        sys.exit(f"{__doc__}")
+    main(*sys.argv[1:])

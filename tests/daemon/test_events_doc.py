@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.store.rig import NAMESPACE, Rig, chain, put
+from tests.store.rig import Rig, chain, put
 
 PAGE = (Path(__file__).parents[2] / "docs" / "events.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
-def run(snippet: str, **names: Any) -> None:
-    exec(compile(snippet, "docs/events.md", "exec"), names)
+def run(snippet: str) -> None:
+    exec(compile(snippet, "docs/events.md", "exec"), {})
 
 
 def test_in_the_store_s_process(capsys: pytest.CaptureFixture[str]) -> None:
-    run(SNIPPETS[0], namespace=NAMESPACE)
+    run(SNIPPETS[0])
     assert capsys.readouterr().out == "6 blocks in RAM\n"
 
 
