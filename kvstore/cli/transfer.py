@@ -58,7 +58,8 @@ def export(
     from kvstore.cli.console import print_json, progress
     from kvstore.cli.listing import Listing, owned
 
-    with _replacing(archive) as file, opened(place, settings) as store:
+    with opened(place, settings) as store, _replacing(archive) as file:
+        _check_readable(store)
         listing = selection.of(Listing.of(store.inventory))
         rows = listing.held.rows
         nameless = ~owned(rows, listing.namespaces)
@@ -67,6 +68,8 @@ def export(
             saved = save(store.store, listing.namespaces, rows, ArchiveWriter(file), report)
         if nameless.any():
             saved.missed["of unknown namespaces"] = int(nameless.sum())
+        if saved.missed and not saved.blocks:
+            raise TierError(f"nothing was exported: {_reasons(saved)}; {archive} is as it was")
         file_bytes = file.tell()
     if as_json:
         print_json(
@@ -81,9 +84,8 @@ def export(
         )
     else:
         _tell_saved(archive, saved)
-    # What goes while a store is in use has gone; but something should have been there.
-    lost = saved.missed.keys() - {"evicted", "absent"} or not saved.blocks
-    return 1 if saved.missed and lost else 0
+    # What goes while a store is in use has gone.
+    return 1 if saved.missed.keys() - {"evicted", "absent"} else 0
 
 
 @click.command(
@@ -135,6 +137,19 @@ def import_(archive: Path, place: Place, settings: Settings, as_json: bool) -> i
     else:
         _tell_restored(restored)
     return 0 if restored.is_whole and not restored.refused and not restored.evicted else 1
+
+
+def _check_readable(store: Opened) -> None:
+    """Raises InputError where blocks can be listed, but nothing asked for would be found."""
+    if store.client is None:
+        return
+    from kvstore.client.inventory import ClientInventory
+
+    if ClientInventory(store.client).status().get("renames_keys"):
+        raise InputError(
+            "a tenant behind a token cannot export: its keys are the daemon's own; "
+            "export through the socket on its machine"
+        )
 
 
 def _make(path: Path, settings: Settings) -> None:
@@ -204,8 +219,16 @@ def _tell_saved(archive: Path, saved: Saved) -> None:
     from kvstore.cli.console import show
 
     show(f"{saved.blocks} blocks, {format_size(saved.nbytes)}: {archive}\n")
-    for reason, count in saved.missed.items():
-        show(f"{count} blocks were listed, but not to be had: {reason}\n")
+    if saved.missed:
+        show(f"{_reasons(saved)}\n")
+
+
+def _reasons(saved: Saved) -> str:
+    """What was listed, but could not be read."""
+    return ", ".join(
+        f"{count} blocks were listed, but not to be had: {reason}"
+        for reason, count in saved.missed.items()
+    )
 
 
 def _tell_restored(restored: Restored) -> None:

@@ -73,6 +73,7 @@ class InventoryVerbs:
                 "version": __version__,
                 "pid": os.getpid(),
                 "uptime_s": time.monotonic() - self._service.started_s,
+                "renames_keys": bool(self._session.tenant.secret),
                 "sessions": [_session(each) for each in self._service.sessions],
                 "namespaces": [
                     {

@@ -321,12 +321,26 @@ def test_a_hostile_file_cannot_ask_for_memory(tmp_path: Path) -> None:
     assert found == [Namespace, Namespace, Damage]
 
 
-def test_who_may_list_blocks_but_not_read_them_has_exported_nothing(
-    here: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_who_may_list_blocks_but_not_read_them_cannot_export(
+    here: Callable[..., Done], archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tenant's keys are re-made with its secret, also those of blocks that it may list."""
+    before = archive.read_bytes()
     monkeypatch.setenv("KVSTORE_CLIENT__TOKEN", OPERATOR)
     with kvstore.open(ram_bytes="4 MiB") as store, DataDaemon(store, TENANTS) as daemon:
         fill(store, 3)
-        done = here("export", tmp_path / "all.kv", "--store", daemon.url, "--json")
-    assert (done.status, done.data["blocks"], done.data["missed"]) == (1, 0, {"absent": 3})
+        refused(here("export", archive, "--store", daemon.url), "a tenant behind a token cannot")
+    assert archive.read_bytes() == before
+
+
+def test_an_export_of_which_nothing_can_be_read_replaces_nothing(
+    here: Callable[..., Done], archive: Path, source: Path
+) -> None:
+    before = archive.read_bytes()
+    slab = source / "slab"
+    slab.write_bytes(b"\xff" * slab.stat().st_size)
+    done = here("export", archive, source)
+    assert (done.status, done.stdout) == (1, "")
+    assert "nothing was exported: 23 blocks were listed" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert archive.read_bytes() == before
