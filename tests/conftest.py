@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import settings
 from tests.leaks import Held, leaks, watch_event_loops
 
 watch_event_loops()
+
+# A shell that starts us in the background has Ctrl-C ignored, which programs hand on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every machine and every run; `make soak` looks for new ones.
 settings.register_profile("default", deadline=None, derandomize=True, database=None)
