@@ -13,7 +13,8 @@ from kvstore.client.stream_link import StreamLinks
 from kvstore.client.tls import client_tls
 from kvstore.errors import SettingsError
 from kvstore.hub import Bounds
-from kvstore.settings import Settings
+from kvstore.machine import has_tier
+from kvstore.settings import NvmeSettings, Settings
 from kvstore.sources import override
 from kvstore.store import BlockStore
 from kvstore.tiers.nvme import NvmeTier
@@ -34,7 +35,9 @@ def open(settings: Settings | None = None, /, **overrides: Any) -> BlockStore:
     Overrides are settings by name: `ram_bytes`, `nvme_codec`, `store_deadline_s`;
     `kvstore settings` lists them. Neither files nor the environment are read; for
     that give `kvstore.sources.load()` as `settings`. The caller closes the store
-    (it is a context manager). Opening an NVMe directory reads its records.
+    (it is a context manager). Opening an NVMe directory reads its records. Where nobody gave
+    `nvme_bytes`, one that is there keeps the capacity that it was made for; a smaller one drops
+    the blocks beyond it, and logs how many.
 
     Raises SettingsError for sizes that cannot be, DirectoryError for a directory
     that may not be used, is in use, or is of a newer format.
@@ -116,10 +119,17 @@ def _open_nvme(settings: Settings) -> NvmeTier | None:
         return None
     return NvmeTier(
         asked.path,
-        asked.capacity_bytes,
+        _capacity(asked.path, asked),
         durability=asked.durability,
         codec=asked.codec,
         admission=asked.admission,
         daily_write_bytes=asked.daily_write_bytes,
         driver=asked.driver,
     )
+
+
+def _capacity(path: Path, asked: NvmeSettings) -> int:
+    """What was asked for; where nobody did, what is there stays as large as it is."""
+    if "capacity_bytes" in asked.model_fields_set or not has_tier(path):
+        return asked.capacity_bytes
+    return capacity_of(path)

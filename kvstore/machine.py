@@ -50,6 +50,18 @@ def free_disk_bytes(directory: Path) -> int:
     return disk.f_bavail * disk.f_frsize + held
 
 
+def has_tier(directory: Path) -> bool:
+    """Whether an NVMe tier was made there, which has a size that it was made for.
+
+    One that was never finished has none: its slab is there, but empty.
+    """
+    try:
+        slab, records = ((directory / name).stat().st_size for name in (SLAB, RECORDS))
+    except OSError:
+        return False
+    return slab > 0 and records > 0
+
+
 def _allocated_bytes(file: Path) -> int:
     try:
         return file.stat().st_blocks * 512

@@ -64,7 +64,8 @@ class NvmeSettings(_Group):
         default=10 * GiB,
         ge=MiB,
         le=1024 * TiB,
-        description="Space for blocks on the drive; never exceeded, allocated at once.",
+        description="Space for blocks on the drive; never exceeded, allocated at once. A directory "
+        "that is there keeps its own when not set.",
     )
     durability: Literal["cache", "sync"] = Field(
         default="cache",

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from kvstore.errors import SettingsError
-from kvstore.machine import free_disk_bytes, memory_bytes
+from kvstore.machine import free_disk_bytes, has_tier, memory_bytes
 from kvstore.quantities import format_size
 from kvstore.settings import SECRETS, Settings, Spec, specs
 
@@ -154,9 +154,11 @@ def _check_fits(settings: Settings, given: Layer) -> None:
         ("ram.capacity_bytes", settings.ram.capacity_bytes, memory_bytes(), "of memory here"),
         ("engine.hbm_bytes", settings.engine.hbm_bytes, memory_bytes(), "of memory here"),
     ]
-    if settings.nvme.path is not None:
-        room = free_disk_bytes(settings.nvme.path)
-        place = f"free for {settings.nvme.path}"
+    path = settings.nvme.path
+    # One that is there keeps the capacity it was made for, unless another is given.
+    if path is not None and ("nvme.capacity_bytes" in given or not has_tier(path)):
+        room = free_disk_bytes(path)
+        place = f"free for {path}"
         limits.append(("nvme.capacity_bytes", settings.nvme.capacity_bytes, room, place))
     for key, wanted, limit, what in limits:
         if wanted > limit:

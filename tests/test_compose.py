@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import kvstore
+from kvstore import sources
 from kvstore.errors import DirectoryError, SettingsError
 from kvstore.hub import Bounds
-from kvstore.settings import MiB, StoreSettings
+from kvstore.machine import has_tier
+from kvstore.quantities import format_size
+from kvstore.settings import MiB, Settings, StoreSettings
 from kvstore.sources import override
 from kvstore.tiers.nvme_verify import read_directory
 from tests.cli.commands import fill
@@ -116,3 +121,75 @@ def test_when_there_is_no_memory_the_directory_is_let_go(tmp_path: Path) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     kvstore.open(ram_bytes="1 MiB", **where).close()
+
+
+def from_toml(path: Path) -> Settings:
+    file = path.with_suffix(".toml")
+    file.write_text(f'[nvme]\npath = "{path}"\ncapacity_bytes = "4 MiB"\n')
+    return sources.load(config=file, environ={"KVSTORE_RAM__CAPACITY_BYTES": "8 MiB"})
+
+
+def from_environment(path: Path) -> Settings:
+    file = path.with_suffix(".toml")
+    file.write_text(f'[nvme]\npath = "{path}"\n[ram]\ncapacity_bytes = "8 MiB"\n')
+    return sources.load(config=file, environ={"KVSTORE_NVME__CAPACITY_BYTES": "4 MiB"})
+
+
+def made(path: Path, capacity: str, blocks: int) -> dict[str, int]:
+    with kvstore.open(ram_bytes="8 MiB", nvme_path=path, nvme_bytes=capacity) as store:
+        fill(store, blocks)
+    return sizes_of(path)
+
+
+def sizes_of(path: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("capacity", ["16 MiB", "4000000"])
+def test_a_directory_keeps_its_capacity_where_nobody_gives_one(
+    capacity: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else is set, and on a disk without room for the default."""
+    path = tmp_path / "blocks"
+    before = made(path, capacity, 200)
+    disk = os.statvfs(path)
+    full = os.statvfs_result((*disk[:4], 0, *disk[5:]))  # f_bavail
+    with monkeypatch.context() as patched:
+        patched.setattr("os.statvfs", lambda _: full)
+        kvstore.open(ram_bytes="8 MiB", nvme_path=path, nvme_codec="zstd").close()
+        settings = override(None, {"nvme_path": path, "ram_bytes": "8 MiB"})
+        kvstore.open(settings, nvme_driver="threads").close()
+    assert sizes_of(path) == before
+    assert read_directory(path).blocks == 200
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("layer", [from_toml, from_environment])
+def test_a_capacity_that_someone_gives_holds(
+    layer: Callable[[Path], Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A smaller one drops blocks, and says how many, once."""
+    path = tmp_path / "blocks"
+    made(path, "16 MiB", 1000)
+    kvstore.open(layer(path)).close()
+    left = read_directory(path).blocks
+    assert 0 < left < 1000
+    (warned,) = (record.getMessage() for record in caplog.records)
+    assert warned == (
+        f"{path} was made for 16 MiB and is opened with 4 MiB: {1000 - left} blocks "
+        f"({format_size((1000 - left) * 8192)}) are dropped"
+    )
+    caplog.clear()
+    kvstore.open(layer(path)).close()
+    kvstore.open(ram_bytes="8 MiB", nvme_path=path, nvme_bytes="3.5 MiB").close()
+    kvstore.open(layer(path)).close()
+    assert len(caplog.records) == 1  # of 3.5 MiB: what grows drops nothing
+
+
+def test_a_directory_that_was_never_finished_gets_what_the_settings_say(tmp_path: Path) -> None:
+    path = tmp_path / "blocks"
+    made(path, "2 MiB", 0)
+    os.truncate(path / "slab", 0)
+    assert not has_tier(path)
+    (path / "slab").unlink()
+    assert not has_tier(path)

@@ -82,7 +82,7 @@ LAYERS = {
     "client": Layer("client", "errors pure clock tier verbs wire machine"),
     "archive": Layer("archive", "errors pure tier verbs"),
     "engine": Layer("engine", "errors pure clock tier verbs kernels tiers hbm"),
-    "compose": Layer("compose", "errors pure clock tier settings tiers store client"),
+    "compose": Layer("compose", "errors pure clock tier machine settings tiers store client"),
     "proto": Layer("proto"),
     "public": Layer("__init__", "errors pure store client engine compose"),
     "daemon": Layer(

@@ -72,14 +72,9 @@ def capacity_of(path: Path) -> int:
     """
     with Directory(path, create=False) as directory:
         try:
-            sizes = Sizes(directory.slab.stat().st_size, directory.records.stat().st_size)
+            return directory.made_for()
         except OSError as error:
             raise directory.refusal(error) from error
-    # Whole pages, as which capacities are divided: what rounding took makes no difference.
-    capacity = max(sizes.slab_bytes + sizes.map_bytes + OVERHEAD_BYTES, MIN_CAPACITY_BYTES)
-    while (missing := sizes.slab_bytes - Sizes.of(capacity).slab_bytes) > 0:
-        capacity += missing
-    return capacity
 
 
 class Directory:
@@ -117,6 +112,15 @@ class Directory:
     @property
     def records(self) -> Path:
         return self.path / RECORDS
+
+    def made_for(self) -> int:
+        """See `capacity_of`. Raises OSError where one of its files is missing."""
+        sizes = Sizes(self.slab.stat().st_size, self.records.stat().st_size)
+        # Whole pages, as which capacities are divided: what rounding took makes no difference.
+        capacity = max(sizes.slab_bytes + sizes.map_bytes + OVERHEAD_BYTES, MIN_CAPACITY_BYTES)
+        while (missing := sizes.slab_bytes - Sizes.of(capacity).slab_bytes) > 0:
+            capacity += missing
+        return capacity
 
     def allocated_bytes(self) -> int:
         """What the files here occupy on the disk now."""

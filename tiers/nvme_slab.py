@@ -19,6 +19,7 @@ from kvstore.hashing import Key
 from kvstore.identity import Namespace
 from kvstore.index import State
 from kvstore.policy import Rows
+from kvstore.quantities import format_size
 from kvstore.tiers.blockfile import BlockFile
 from kvstore.tiers.driver import Driver
 from kvstore.tiers.nvme_directory import Directory, Sizes
@@ -45,6 +46,7 @@ class Slab:
         Raises DirectoryError and SettingsError, see `Directory`.
         """
         self.sizes = Sizes.of(capacity_bytes)
+        self._capacity_bytes = capacity_bytes
         self.durability = durability
         self.lock = threading.Lock()
         self.commits = threading.Lock()
@@ -96,8 +98,10 @@ class Slab:
         # A file from a larger capacity is read as it is, and shrunk when its blocks are known.
         records = RecordFile(path, max(self.sizes.map_bytes, held_bytes), self.durability)
         try:
-            dropped = self.table.load(*records.load())
+            offsets, found = records.load()
+            dropped = self.table.load(offsets, found)
             if dropped:
+                self._tell_of_shrinking(found.rows[found.intact & np.isin(offsets, dropped)])
                 self._drop(records, dropped)
             self.namespaces = records.namespaces()
             self._forget_some(records)
@@ -108,6 +112,20 @@ class Slab:
             raise
         self.counters["dropped_records"] = len(dropped)
         return records
+
+    def _tell_of_shrinking(self, dropped: RecordRows) -> None:
+        """Where the directory was made for more: not everyone who asks for less expects that."""
+        path, file = self._directory.path, self._directory.slab
+        if not file.exists() or file.stat().st_size <= self.sizes.slab_bytes:
+            return
+        log.warning(
+            "%s was made for %s and is opened with %s: %d blocks (%s) are dropped",
+            path,
+            format_size(self._directory.made_for()),
+            format_size(self._capacity_bytes),
+            len(dropped),
+            format_size(int(dropped["stored_bytes"].sum())),
+        )
 
     def _drop(self, records: RecordFile, offsets: Sequence[int]) -> None:
         """Delete records that are no good. Where the disk refuses, what is good is still served."""

@@ -50,7 +50,11 @@ def show_settings(settings: Settings) -> None:
             above = group
         lines += [f"# {spec.reason}", f"# Accepted: {spec.accepts}."]
         value = values[group][name]
-        lines += ["# " * (value is None) + f"{name} = {_toml(name, value)}", ""]
+        # A capacity that nobody gave is the directory's own where there is one already.
+        unset = value is None or (
+            spec.key == "nvme.capacity_bytes" and name not in settings.nvme.model_fields_set
+        )
+        lines += ["# " * unset + f"{name} = {_toml(name, value)}", ""]
     show("\n".join(lines))
 
 

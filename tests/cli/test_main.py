@@ -101,6 +101,7 @@ def test_settings_are_a_file_that_reads_back(here: Callable[..., Done], home: Pa
     shown = here("settings", *changed, "--set", "tenant.salt=hush")
     assert shown.status == 0
     assert "hush" not in shown.stdout
+    assert '\n# capacity_bytes = "10 GiB"\n' in shown.stdout  # nobody's: a directory keeps its own
     (home / "kvstore.toml").write_text(shown.stdout)
     assert here("settings").stdout == shown.stdout
     data = here("settings", "--json").data
