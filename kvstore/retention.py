@@ -30,12 +30,17 @@ class Retention:
 
 
 class Retained(NamedTuple):
-    """What became of a request to retain: numbers of blocks, each counted once."""
+    """What became of a request to retain: numbers of blocks, each counted once; what was granted.
+
+    `priority` and `ttl_s` are those of the blocks accepted and clipped.
+    """
 
     accepted: int  # held, and now kept as asked
-    clipped: int  # held and kept as asked, but for no longer than the longest TTL allowed
+    clipped: int  # held and kept, but less firmly or not as long: the tenant's cap, the longest TTL
     refused: int  # held, but the namespace's budget above default priority is used up
     absent: int  # not held by any tier
+    priority: int = DEFAULT_PRIORITY
+    ttl_s: float | None = None
 
 
 def within_budget(priority: int, wanted_bytes: list[int], protected_bytes: int, budget: int) -> int:

@@ -231,7 +231,9 @@ class BlockStore:
                 expires_s = now_s + ttl_s if ttl_s else 0.0
                 below.errands.retain_locked(lower, retention.priority, expires_s)
         clipped = allowed if ttl_s < (retention.ttl_s or 0.0) else 0
-        return Retained(allowed - clipped, clipped, len(held) - allowed, len(chain) - len(held))
+        refused, absent = len(held) - allowed, len(chain) - len(held)
+        granted = (retention.priority, ttl_s or None)
+        return Retained(allowed - clipped, clipped, refused, absent, *granted)
 
     def evict(self, chain: Chain) -> int:
         """Drop blocks from every tier; returns how many were held and are no longer found.

@@ -111,7 +111,7 @@ class Prefetch(_ChainMessage, tag="prefetch"):
 
 
 class Retain(_ChainMessage, tag="retain"):
-    """Reply: `Answered`, the four numbers of `Retained`."""
+    """Reply: `Answered`, the fields of `Retained`."""
 
     priority: Priority
     ttl_s: Seconds | None

@@ -12,11 +12,12 @@ from kvstore.cli.prompt import NAMING_KEYS
 from kvstore.cli.selection import BATCH_BLOCKS, Selection, batches, parts, selection_options
 from kvstore.cli.target import WHICH, Opened, Place, opened, place_options
 from kvstore.errors import InputError
-from kvstore.quantities import parse_time
+from kvstore.quantities import format_time, parse_time
 
 if TYPE_CHECKING:
     from kvstore.hashing import Key
     from kvstore.inventory import Inventory
+    from kvstore.retention import Retained, Retention
     from kvstore.settings import Settings
 
 MAX_TIME_S = 100 * 365 * 86_400.0
@@ -94,7 +95,7 @@ def retain(
 
     _check(selection)
     retention = Retention(priority, None if ttl is None else time_option("--ttl", ttl))
-    total = Retained(0, 0, 0, 0)
+    total = Retained(0, 0, 0, 0, retention.priority, retention.ttl_s)
     with opened(place, settings) as store:
         if selection.chain is None:
             chains = list(batches(selection.of(Listing.of(store.inventory))))
@@ -102,19 +103,33 @@ def retain(
             chains = parts(selection.chain)
         for chain in chains:
             done = store.store.retain(chain, retention)
-            total = Retained(*(a + b for a, b in zip(total, done, strict=True)))
+            total = done._replace(
+                accepted=total.accepted + done.accepted,
+                clipped=total.clipped + done.clipped,
+                refused=total.refused + done.refused,
+                absent=total.absent + done.absent,
+            )
         _check_connected(store)
     if as_json:
         print_json({"store": str(place), **total._asdict()})
     else:
-        clipped = f", for {settings.store.ttl_max_s:g} s at most" if total.clipped else ""
-        show(f"{total.accepted + total.clipped} blocks at priority {priority}{clipped}\n")
+        show(f"{total.accepted + total.clipped} blocks at priority {_granted(total, retention)}\n")
         if total.refused:
             show(
                 f"{total.refused} refused: the namespace may hold no more above the default "
                 "priority (store.protected_bytes)\n"
             )
     return 1 if total.refused else 0
+
+
+def _granted(total: Retained, asked: Retention) -> str:
+    """The priority, and where it and the time fall short of what was asked."""
+    text = str(total.priority)
+    if total.priority < asked.priority:
+        text += ", the tenant's cap"
+    if total.ttl_s is not None and asked.ttl_s is not None and total.ttl_s < asked.ttl_s:
+        text += f", for {format_time(total.ttl_s)} at most"
+    return text
 
 
 def evict_all(inventory: Inventory, keys: Sequence[Key]) -> int:

@@ -162,7 +162,8 @@ class StoreClient:
             priority, ttl_s = retention.priority, _bounded(retention.ttl_s)
             return _value(Retained, link.ask(wire.Retain, chain, priority=priority, ttl_s=ttl_s))
 
-        return self._ask(retain) or Retained(0, 0, 0, len(chain))
+        absent = Retained(0, 0, 0, len(chain), retention.priority, retention.ttl_s)
+        return self._ask(retain) or absent
 
     def evict(self, chain: Chain) -> int:
         counted = self._ask(lambda link: link.ask(wire.Evict, chain))

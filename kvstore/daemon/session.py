@@ -191,7 +191,11 @@ class Session:
 
     def retain(self, chain: Chain, retention: Retention) -> Retained:
         self.check_right("write")
-        return self._store.retain(chain, self.tenant.retention(retention))
+        granted = self.tenant.retention(retention)
+        retained = self._store.retain(chain, granted)
+        if granted == retention:
+            return retained
+        return retained._replace(accepted=0, clipped=retained.accepted + retained.clipped)
 
     def evict(self, chain: Chain) -> int:
         self.check_right("write")

@@ -206,16 +206,20 @@ class RetainRequest(_message.Message):
     def __init__(self, chain: _Optional[_Union[Chain, _Mapping]] = ..., retention: _Optional[_Union[Retention, _Mapping]] = ...) -> None: ...
 
 class RetainReply(_message.Message):
-    __slots__ = ("accepted", "clipped", "refused", "absent")
+    __slots__ = ("accepted", "clipped", "refused", "absent", "priority", "ttl_s")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     CLIPPED_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     ABSENT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
     accepted: int
     clipped: int
     refused: int
     absent: int
-    def __init__(self, accepted: _Optional[int] = ..., clipped: _Optional[int] = ..., refused: _Optional[int] = ..., absent: _Optional[int] = ...) -> None: ...
+    priority: int
+    ttl_s: float
+    def __init__(self, accepted: _Optional[int] = ..., clipped: _Optional[int] = ..., refused: _Optional[int] = ..., absent: _Optional[int] = ..., priority: _Optional[int] = ..., ttl_s: _Optional[float] = ...) -> None: ...
 
 class EvictRequest(_message.Message):
     __slots__ = ("chain",)

@@ -12,12 +12,15 @@ import lmdb
 import pytest
 
 import kvstore
+from kvstore.daemon.tokens import Tenants
 from kvstore.hashing import Chain
 from kvstore.retention import Retention
 from kvstore.tiers.nvme_directory import Sizes, capacity_of
 from tests.cli.commands import Done, fill, namespace
 from tests.cli.test_bad_input import refused
+from tests.daemon.data_doors import DataDaemon
 from tests.daemon.doors import DaemonProcess
+from tests.daemon.tenants import SECRET, record
 
 BLOCK_BYTES = 8192
 OURS, THEIRS = namespace(), namespace("another model")
@@ -97,6 +100,28 @@ def test_what_a_namespace_may_not_hold_is_refused(here: Callable[..., Done], blo
     # Those that come first in their prompts are kept.
     kept = {row["key"] for row in rows(here, [str(blocks)]) if row["priority"] == 50}
     assert kept == {key.hex() for key in chain(3)}
+
+
+def test_what_was_granted_is_said(here: Callable[..., Done], blocks: Path) -> None:
+    asked = ("--namespace", OURS.fingerprint.hex(), "--priority", "50", "--ttl", "30d")
+    done = here("retain", blocks, *asked)
+    assert done == Done(0, "5 blocks at priority 50, for 7 d at most\n", "")
+    data = here("retain", blocks, *asked, "--json").data
+    assert (data["clipped"], data["priority"], data["ttl_s"]) == (5, 50, 7 * 86_400.0)
+
+
+def test_a_tenant_hears_of_its_cap(
+    here: Callable[..., Done], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVSTORE_CLIENT__TOKEN", "kvs_capped")
+    tenants = Tenants([record("kvs_capped", "capped", "read", "write", priority_cap=50)], SECRET)
+    with kvstore.open(ram_bytes="4 MiB") as store, DataDaemon(store, tenants) as daemon:
+        at = ("--model", model, "--store", daemon.url)
+        assert here("generate", *at, "--max-tokens", "1", "x" * 40).status == 0
+        asked = ("retain", *at, "--prompt", "x" * 40, "--priority", "80")
+        assert here(*asked) == Done(0, "2 blocks at priority 50, the tenant's cap\n", "")
+        data = here(*asked, "--json").data
+    assert (data["accepted"], data["clipped"], data["priority"]) == (0, 2, 50)
 
 
 def test_gc_by_model_and_by_age(here: Callable[..., Done], place: list[str]) -> None:

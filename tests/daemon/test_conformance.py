@@ -184,7 +184,7 @@ def test_an_empty_chain(store: Store) -> None:
     assert store.probe(none).tiers == []
     assert store.prefetch(none) == store.evict(none) == 0
     assert store.explain(none).breaks_at is None
-    assert sum(store.retain(none, Retention(50))) == 0
+    assert sum(store.retain(none, Retention(50))[:4]) == 0
 
 
 def test_nothing_is_leased_where_there_is_nothing(store: Store, rig: Rig) -> None:

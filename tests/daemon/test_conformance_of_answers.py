@@ -31,12 +31,12 @@ from tests.store.rig import (
 
 def test_retentions_say_what_became_of_them(store: Store, rig: Rig) -> None:
     put(rig.store, chain(4))
-    assert store.retain(chain(6), Retention(80, ttl_s=60.0)) == (4, 0, 0, 2)
+    assert store.retain(chain(6), Retention(80, ttl_s=60.0)) == (4, 0, 0, 2, 80, 60.0)
     assert rig.column("priority", chain(4)) == [80] * 4
-    assert store.retain(chain(2), Retention(80, ttl_s=1e8)) == (0, 2, 0, 0)
+    assert store.retain(chain(2), Retention(80, ttl_s=1e8)) == ((0, 2, 0, 0, 80, 7 * 86_400.0))
     rig.hub.bounds = dataclasses.replace(rig.hub.bounds, protected_bytes=5 * BLOCK)
     put(rig.store, chain(2, seed=1))
-    assert store.retain(chain(2, seed=1), Retention(80)) == (1, 0, 1, 0)
+    assert store.retain(chain(2, seed=1), Retention(80)) == (1, 0, 1, 0, 80, None)
 
 
 def test_a_reservation_with_a_retention(store: Store, rig: Rig) -> None:

@@ -169,7 +169,7 @@ def test_everything_is_a_miss_while_it_is_away(daemon: Daemon, rig: Rig) -> None
         assert client.probe(blocks).tiers == [None] * 4
         assert put(client, chain(2, seed=2)) == 0
         assert client.prefetch(blocks) == client.evict(blocks) == 0
-        assert client.retain(blocks, Retention(50)) == (0, 0, 0, 4)
+        assert client.retain(blocks, Retention(50))[:4] == (0, 0, 0, 4)
         assert client.explain(blocks).reason == "breaker"
         assert not client.flush()
         assert used(client.stats().misses) == {"breaker": 4}
