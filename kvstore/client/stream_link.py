@@ -54,7 +54,9 @@ class StreamLinks:
         except BaseException as error:
             stream.close()
             if isinstance(error, OSError):
-                raise ConnectionLostError(f"{address} cannot be reached: {error}") from error
+                raise ConnectionLostError(
+                    f"{address} cannot be reached: {error}{self._hint(error)}"
+                ) from error
             raise
         return StreamLink(stream, frames, self._timeout_s, self._cost, self._buffers)
 
@@ -67,6 +69,12 @@ class StreamLinks:
             sock.close()
             raise
         return TlsStream(secured, self._timeout_s)
+
+    def _hint(self, error: OSError) -> str:
+        """A door that speaks TLS ends the connection of whoever does not, without a word."""
+        if self._tls is None and isinstance(error, ConnectionError):
+            return " (does it speak TLS? then set client.ca)"
+        return ""
 
     def _hello(self) -> wire.Hello:
         return wire.Hello(wire.VERSION, f"kvstore {__version__}", self._token)

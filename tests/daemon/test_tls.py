@@ -13,7 +13,7 @@ import pytest
 from kvstore.client.client import StoreClient
 from kvstore.compose import connect
 from kvstore.daemon.network import server_tls
-from kvstore.errors import SettingsError
+from kvstore.errors import ConnectionLostError, SettingsError
 from kvstore.settings import DaemonSettings
 from tests.daemon.certificates import Authority
 from tests.daemon.data_doors import DataDaemon
@@ -132,6 +132,37 @@ def test_what_is_no_certificate_is_one_clear_line(
     ):
         with pytest.raises(SettingsError, match=r"^daemon\.tls_[^\n]*$"):
             server_tls(certified.model_copy(update=wrong))
+
+
+def test_who_does_not_speak_tls_hears_what_may_be_wrong(
+    rig: Rig, certified: DaemonSettings
+) -> None:
+    with (
+        DataDaemon(rig.store, tls=tls_of(certified)) as daemon,
+        daemon.connect() as client,
+        pytest.raises(ConnectionLostError, match=r"does it speak TLS\? then set client\.ca"),
+    ):
+        client.check_connected()
+
+
+def test_a_client_is_told_which_file_is_wrong(authority: Authority, tmp_path: Path) -> None:
+    certificate, key = authority.sign("engine")
+    missing = tmp_path / "missing"
+    for given, told in (
+        ({"ca": missing}, f"client.ca = {missing}: cannot be read: No such file"),
+        ({"ca": key}, f"client.ca = {key}: no certificates in PEM"),
+        ({"ca": authority.ca, "certificate": missing}, f"client.certificate = {missing}: cannot"),
+        ({"ca": authority.ca, "certificate": certificate}, "and client.key is not set"),
+        ({"ca": authority.ca, "key": key}, "client.key needs client.certificate"),
+        (
+            {"ca": authority.ca, "certificate": certificate, "key": missing},
+            f"client.key = {missing}: cannot be read",
+        ),
+    ):
+        with pytest.raises(SettingsError) as refused:
+            connect("kvstore://127.0.0.1:1", **given)  # type: ignore[arg-type]
+        assert told in str(refused.value)
+        assert "None" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
