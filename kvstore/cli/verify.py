@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +33,8 @@ class Step(NamedTuple):
     short_help="Compare every block with its checksum.",
     help=f"""Check every record and every checksum of a directory. Changes nothing.
 
+    `kvstore gc --damaged DIR` drops what is wrong.
+
     Or, while it serves, every block that a daemon has on NVMe, at no more than 256 MiB/s:
     what is damaged is dropped, as it would be when asked for. Exits with status 1 when
     something is wrong: a damaged block is a miss, and is computed again; the others are
@@ -47,7 +50,7 @@ class Step(NamedTuple):
 @place_options()
 @json_option
 def verify(place: Place, settings: Settings, as_json: bool) -> int:
-    from kvstore.cli.console import print_json, progress
+    from kvstore.cli.console import print_json, progress, show
 
     findings: list[dict[str, Any]] = []
     steps = _of_directory(place) if place.url is None else _of_daemon(place, settings)
@@ -68,6 +71,8 @@ def verify(place: Place, settings: Settings, as_json: bool) -> int:
         )
     else:
         _show(step, findings)
+        if findings and place.url is None:
+            show(f"`kvstore gc --damaged {shlex.quote(str(place))}` drops them\n")
     return 1 if findings else 0
 
 

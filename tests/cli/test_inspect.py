@@ -121,7 +121,9 @@ def test_verify_names_the_block_whose_byte_was_flipped(
     plain = here("verify", blocks)
     assert (plain.status, plain.stderr) == (1, "")
     assert plain.stdout.startswith(f"{victim['key']} at offset {victim['offset']}: ")
-    assert plain.stdout.endswith("8 blocks, 64 KiB read: problems: 1\n")
+    assert plain.stdout.endswith(
+        f"8 blocks, 64 KiB read: problems: 1\n`kvstore gc --damaged {blocks}` drops them\n"
+    )
     # The store misses that block and serves the others.
     with kvstore.open(ram_bytes="4 MiB", nvme_path=blocks, nvme_bytes="8 MiB") as store:
         ours = kvstore.TokenChain(namespace(), range(80)).chain()
@@ -147,6 +149,36 @@ def test_verify_of_a_truncated_file(here: Callable[..., Done], blocks: Path) -> 
     assert "shorter than its records say, by 6 blocks; `kvstore verify` says more\n" in plain.stdout
 
 
+def test_what_verify_finds_is_dropped_when_asked_for(
+    here: Callable[..., Done], blocks: Path
+) -> None:
+    """A byte that was flipped, in a block whose record is sound, and the end of the slab."""
+    listed = here("ls", "--blocks", blocks, "--json").data["blocks"]
+    offsets = sorted(block["offset"] for block in listed)
+    with open(blocks / "slab", "r+b") as slab:
+        slab.seek(offsets[1])
+        (byte,) = slab.read(1)
+        slab.seek(-1, 1)
+        slab.write(bytes([byte ^ 1]))
+        slab.truncate(offsets[-1])
+    assert here("gc", blocks, "--dry-run").stdout.startswith("0 damaged records and 0 blocks")
+    said = "0 damaged records and 2 blocks (16 KiB) "
+    assert here("gc", "--damaged", blocks, "--dry-run").stdout == f"{said}would be dropped\n"
+    assert here("verify", blocks).status == 1
+    none = here("gc", "--damaged", "--older-than", "1d", blocks)
+    assert none.stdout == "0 damaged records and 0 blocks (0 B) dropped\n"
+    assert here("gc", "--damaged", blocks) == Done(0, f"{said}dropped\n", "")
+    assert here("verify", blocks) == Done(0, "6 blocks, 48 KiB read: all is well\n", "")
+    again = here("gc", "--damaged", blocks)
+    assert again.stdout == "0 damaged records and 0 blocks (0 B) dropped\n"
+
+
+def test_gc_damaged_is_for_directories(here: Callable[..., Done], tmp_path: Path) -> None:
+    done = here("gc", "--damaged", "--store", f"unix://{tmp_path}/none")
+    assert done.status == 2
+    assert "--damaged is for a directory; `kvstore verify` of a daemon drops" in done.stderr
+
+
 def test_verify_shows_the_first_findings_and_counts_the_rest(
     here: Callable[..., Done], tmp_path: Path
 ) -> None:
@@ -156,10 +188,11 @@ def test_verify_shows_the_first_findings_and_counts_the_rest(
     (path / "slab").write_bytes(b"\xff" * (path / "slab").stat().st_size)
     assert len(here("verify", path, "--json").data["findings"]) == 30
     lines = here("verify", path).stdout.splitlines()
-    assert len(lines) == 22
+    assert len(lines) == 23
     assert lines[20:] == [
         "and 10 more; --json has them all",
         "30 blocks, 240 KiB read: problems: 30",
+        f"`kvstore gc --damaged {path}` drops them",
     ]
 
 
