@@ -5,12 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from typing import NamedTuple
 
 from kvstore.background import BackgroundLoop
 from kvstore.below import Below
 from kvstore.hub import Hub
 
 log = logging.getLogger(__name__)
+
+
+class Ended(NamedTuple):
+    """What became, when a store was closed, of blocks that were in RAM only."""
+
+    written_blocks: int
+    dropped_blocks: int
 
 
 class Ending:
@@ -20,6 +28,7 @@ class Ending:
         self._hub = hub
         self._below = below
         self._loop = loop
+        self.ended: Ended | None = None  # None until `close` has written what it could
 
     def flush(self, timeout_s: float | None) -> bool:
         """See `BlockStore.flush`."""
@@ -45,9 +54,12 @@ class Ending:
 
     def close(self, timeout_s: float | None) -> None:
         """Write for `timeout_s`, and give everything back. The store answers no more."""
+        counters = self._hub.counters
+        before = counters["demoted_blocks"]
         try:
             if not self.flush(timeout_s):
                 self._stop_writing()
+            self.ended = Ended(counters["demoted_blocks"] - before, self._in_ram_only())
         finally:
             self._give_back()
 
@@ -59,6 +71,13 @@ class Ending:
             dropped = below.demotions.drop_queue_locked()
             log.warning("closed before %d blocks were written to %s", dropped, below.tier.name)
             self._hub.changed.wait_for(lambda: below.idle)
+
+    def _in_ram_only(self) -> int:
+        with self._hub.lock:
+            keys = list(self._hub.slots.index.rows_by_key)
+        if self._below is None:
+            return len(keys)
+        return self._below.tier.peek(keys).count(False)
 
     def _give_back(self) -> None:
         ended, below = self._loop.spawn(self._end()), self._below

@@ -12,7 +12,7 @@ from kvstore.answers import NVME, Explanation, NamespaceUsage, Probe, Stats
 from kvstore.background import BackgroundLoop
 from kvstore.below import Below
 from kvstore.clock import Clock, SystemClock
-from kvstore.ending import Ending
+from kvstore.ending import Ended, Ending
 from kvstore.feed import Feed
 from kvstore.hashing import Chain, Key
 from kvstore.histogram import Distribution
@@ -285,6 +285,11 @@ class BlockStore:
             hub.closed = True
             self.feed.close()
         self._ending.close(timeout_s)
+
+    @property
+    def ended(self) -> Ended | None:
+        """What `close` wrote and dropped; None before."""
+        return self._ending.ended
 
     def __enter__(self) -> BlockStore:
         return self

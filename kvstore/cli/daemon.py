@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import click
@@ -41,6 +42,8 @@ def daemon(settings: Settings, print_config: bool) -> None:
         return
     from kvstore.daemon.logs import log_to_stderr
     from kvstore.daemon.serve import serve
+    from kvstore.sources import find_config
 
     log_to_stderr(settings.daemon.log_format)
-    serve(settings)
+    asked = click.get_current_context().params["config"]
+    serve(settings, find_config(asked, os.environ))

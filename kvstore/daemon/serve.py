@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvstore import compose
@@ -18,8 +19,10 @@ from kvstore.daemon.network import Network
 from kvstore.daemon.service import Limits, Service
 from kvstore.daemon.socket_path import SocketPath, socket_of
 from kvstore.errors import SettingsError
+from kvstore.quantities import format_size
 from kvstore.settings import Settings
 from kvstore.store import BlockStore
+from kvstore.version import __version__
 
 if TYPE_CHECKING:
     from kvstore.daemon.zmq_door import ZmqDoor
@@ -27,9 +30,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, config: Path | None = None) -> None:
     """Run until SIGTERM, SIGINT or SIGHUP, then end in order.
 
+    `config` is the file that the settings were read from, if any: the log names it.
     Raises InputError for what a person can mend: a socket, port or directory in use, sizes that
     cannot be.
     """
@@ -40,12 +44,19 @@ def serve(settings: Settings) -> None:
     path = SocketPath(socket_of(settings))
     try:
         store = compose.open(settings)
+        log.info("kvstore %s: %s", __version__, _opened(settings, config, store, network))
         try:
             asyncio.run(_run(settings, store, path, http, network))
         finally:
             store.close(settings.daemon.shutdown_s)
     finally:
         path.close()
+    if store.ended is not None:
+        written, dropped = store.ended
+        if settings.nvme.path is None:
+            log.info("ended: %d blocks were dropped", dropped)
+        else:
+            log.info("ended: %d blocks were still written to NVMe, %d dropped", written, dropped)
 
 
 async def _run(
@@ -86,13 +97,35 @@ async def _run(
             doors.push_async_callback(remote.close)
             log.info("ready: gRPC on %s", network.grpc._replace(port=remote.port))
         if asked.zmq is not None:
-            doors.push_async_callback(_zmq_door(service, asked.zmq, asked.zmq_replay).close)
+            events = _zmq_door(service, asked.zmq, asked.zmq_replay)
+            doors.push_async_callback(events.close)
+            replay = f", sent again on {events.replay_address}" if events.replay_address else ""
+            log.info("ready: KV events on %s%s", events.address, replay)
         log.info("ready: unix://%s", path.path)
         tell_systemd("READY=1")
         await stopping.wait()
         service.stopping = True
-        log.info("ending: what is in RAM goes to NVMe for up to %g s", asked.shutdown_s)
+        if settings.nvme.path is None:
+            log.info("ending: without NVMe, what is in RAM is dropped")
+        else:
+            log.info("ending: what is in RAM goes to NVMe for up to %g s", asked.shutdown_s)
         tell_systemd("STOPPING=1")
+
+
+def _opened(settings: Settings, config: Path | None, store: BlockStore, network: Network) -> str:
+    """What is about to be served, and to whom, in one line."""
+    nvme, path = store.stats().nvme, settings.nvme.path
+    parts = [f"{format_size(settings.ram.capacity_bytes)} of RAM"]
+    if path is None:
+        parts.append("no NVMe")
+    else:
+        room = format_size(nvme["capacity_bytes"])
+        found = f"{nvme['blocks']} blocks found again"
+        parts.append(f"NVMe {path.absolute()} with room for {room}, {found}")
+    parts.append("no settings file" if config is None else f"settings of {config.absolute()}")
+    parts.append(f"tokens: {len(network.records)}" if network.records else "no tokens")
+    parts.append("no TLS" if network.tls is None else "TLS")
+    return "; ".join(parts)
 
 
 def _http_endpoint(text: str | None) -> Endpoint | None:

@@ -16,7 +16,7 @@ from kvstore.errors import RequestError
 from kvstore.hot import HotPrefixes, Prefix
 from kvstore.identity import Namespace
 from kvstore.store import BlockStore
-from kvstore.tenant import Tenant
+from kvstore.tenant import LOCAL, Tenant
 from kvstore.tier import Miss
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Service:
         """A new client. Raises RequestError where there are too many."""
         session = Session(self, tenant, peer)
         self.admit(session)
-        log.info("%s connected", peer, extra={"tenant": tenant.name})
+        log.info("%s connected", _who(session), extra={"tenant": tenant.name})
         return session
 
     def admit(self, session: Session) -> None:
@@ -72,7 +72,7 @@ class Service:
         """The client has gone: what it held is free. May be called twice."""
         if session in self.sessions:
             self.dismiss(session)
-            log.info("%s left", session.peer, extra={"tenant": session.tenant.name})
+            log.info("%s left", _who(session), extra={"tenant": session.tenant.name})
 
     def dismiss(self, session: Session) -> None:
         """What it held is free. May be called twice."""
@@ -153,6 +153,12 @@ class Service:
         self._awake = False
         for changed in list(self._watchers):
             changed()
+
+
+def _who(session: Session) -> str:
+    """As the log names a client."""
+    tenant = session.tenant
+    return session.peer if tenant == LOCAL else f"{session.peer} of {tenant.name}"
 
 
 def _part(counted: Counter[str], prefix: str) -> dict[str, int]:

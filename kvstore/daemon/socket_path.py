@@ -16,9 +16,9 @@ _LONGEST = 107  # bytes of a path that fit into a socket address
 
 
 def socket_of(settings: Settings) -> Path:
-    """Where the local door is. Raises DirectoryError where no place is known."""
+    """Where the local door is, as clients name it: absolute. Raises DirectoryError for no place."""
     if settings.daemon.socket is not None:
-        return settings.daemon.socket
+        return settings.daemon.socket.absolute()
     runtime = os.environ.get("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR")
     if not runtime:
         raise DirectoryError(
@@ -26,7 +26,7 @@ def socket_of(settings: Settings) -> Path:
             "--socket /run/kvstore/kvstore.sock"
         )
     name = "kvstore.sock" if os.environ.get("RUNTIME_DIRECTORY") else "kvstore/kvstore.sock"
-    return Path(runtime.partition(":")[0], name)
+    return Path(runtime.partition(":")[0], name).absolute()
 
 
 class SocketPath:

@@ -75,6 +75,13 @@ class ZmqDoor:
         """Where it publishes, with the port that it was given where it left that open."""
         return self._publisher.getsockopt_string(zmq.LAST_ENDPOINT)
 
+    @property
+    def replay_address(self) -> str | None:
+        """Where it sends again, if anywhere."""
+        if self._replayer is None:
+            return None
+        return self._replayer.getsockopt_string(zmq.LAST_ENDPOINT)
+
     async def close(self) -> None:
         """Tell subscribers that nothing can be had any more, and stop."""
         for task in self._tasks:
