@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import kvstore
+from kvstore.tiers.nvme_verify import read_directory
 from tests.cli.commands import Done, fill, namespace
+from tests.daemon.doors import DaemonProcess
 
 BLOCK_BYTES = 8192
 
@@ -207,3 +209,23 @@ def test_names_that_clients_chose_do_nothing_to_a_terminal(
     assert "?]0;mine???mmm" in shown
     assert "\x1b" not in shown
     assert max(map(len, shown.splitlines())) < 250
+
+
+def test_namespaces_without_blocks_are_not_shown(
+    here: Callable[..., Done], blocks: Path, tmp_path: Path
+) -> None:
+    """Their records stay where there is room; what was evicted is not worth a line."""
+
+    def shown(*where: object) -> list[str]:
+        data = here("stat", *where, "--json").data
+        assert here("stat", *where).stdout.count(" tokens, ") == len(data["namespaces"])
+        return [each["namespace"]["model"] for each in data["namespaces"]]
+
+    first, second = (each.fingerprint for each in (namespace(), namespace("another model")))
+    assert here("evict", blocks, "--namespace", first.hex()).status == 0
+    assert first in {each.fingerprint for each in read_directory(blocks).namespaces}
+    assert shown(blocks) == ["another model"]
+    with DaemonProcess(tmp_path, "--ram-bytes", "4 MiB", "--nvme-path", str(blocks)) as process:
+        assert shown("--store", process.url) == ["another model"]
+        assert here("evict", "--store", process.url, "--namespace", second.hex()).status == 0
+        assert shown("--store", process.url) == []
