@@ -54,6 +54,17 @@ def test_the_age_of_what_makes_room_on_nvme(make_rig: MakeRig) -> None:
     assert read.total == read.observed * 2 * HOUR_S
 
 
+def test_what_is_dropped_on_request_has_not_made_room(rig: Rig) -> None:
+    """Neither in RAM nor on NVMe, so that counters and ages speak of the same blocks."""
+    rig.store_below(chain(5))
+    put(rig.store, chain(5))
+    assert rig.store.evict(chain(5)) == 5
+    assert rig.store.flush(30)
+    stats = rig.store.stats()
+    assert (stats.ram["blocks"], stats.nvme["blocks"]) == (0, 0)
+    assert stats.ram["evicted_blocks"] == stats.nvme.get("evicted_blocks", 0) == 0
+
+
 def test_how_long_blocks_took(rig: Rig) -> None:
     rig.gate.hold("write", "read")
     put(rig.store, chain(5))
