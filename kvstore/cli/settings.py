@@ -21,7 +21,8 @@ def settings(settings: Settings, as_json: bool) -> None:
     """Show every setting, what it is now, and why it exists, as a TOML file.
 
     Flags come before the environment (KVSTORE_RAM__CAPACITY_BYTES), that before the
-    TOML file (--config), that before the defaults. Salt and token are not shown.
+    TOML file (--config), that before the defaults. Of salt and token only
+    whether they are set is shown: in a file they have to be filled in.
 
     \b
     kvstore settings > kvstore.toml
@@ -38,7 +39,7 @@ def settings(settings: Settings, as_json: bool) -> None:
 def show_settings(settings: Settings) -> None:
     """As a TOML file on stdout. What is secret is not shown."""
     from kvstore.cli.console import show
-    from kvstore.settings import specs
+    from kvstore.settings import SECRETS, specs
 
     values = _values(settings)
     lines = []
@@ -54,7 +55,10 @@ def show_settings(settings: Settings) -> None:
         unset = value is None or (
             spec.key == "nvme.capacity_bytes" and name not in settings.nvme.model_fields_set
         )
-        lines += ["# " * unset + f"{name} = {_toml(name, value)}", ""]
+        if spec.key in SECRETS and getattr(getattr(settings, group), name):
+            lines += [f"# {name}: set, not shown", ""]
+        else:
+            lines += ["# " * unset + f"{name} = {_toml(name, value)}", ""]
     show("\n".join(lines))
 
 

@@ -98,15 +98,26 @@ def test_threads_are_set_before_torch_reads_them(home: Path, model: Path) -> Non
 def test_settings_are_a_file_that_reads_back(here: Callable[..., Done], home: Path) -> None:
     changed = ("--ram-bytes", "3 MiB", "--set", "nvme.codec=zstd", "--set", "store.deadline_s=90ms")
     (home / "kvstore.toml").write_text("")
-    shown = here("settings", *changed, "--set", "tenant.salt=hush")
+    shown = here("settings", *changed)
     assert shown.status == 0
-    assert "hush" not in shown.stdout
     assert '\n# capacity_bytes = "10 GiB"\n' in shown.stdout  # nobody's: a directory keeps its own
     (home / "kvstore.toml").write_text(shown.stdout)
     assert here("settings").stdout == shown.stdout
     data = here("settings", "--json").data
     assert data["ram"]["capacity_bytes"] == 3 << 20
     assert (data["nvme"]["codec"], data["store"]["deadline_s"]) == ("zstd", 0.09)
+
+
+def test_a_secret_is_not_shown_but_said(here: Callable[..., Done]) -> None:
+    assert "not shown" not in here("settings").stdout
+    secrets = ("--set", "tenant.salt=hush", "--set", "client.token=kvs_hush")
+    for command in (("settings",), ("daemon", "--print-config")):
+        shown = here(*command, *secrets)
+        assert "hush" not in shown.stdout
+        assert "\n# salt: set, not shown\n" in shown.stdout
+        assert "\n# token: set, not shown\n" in shown.stdout
+    data = here("settings", *secrets, "--json").data
+    assert (data["tenant"]["salt"], data["client"]["token"]) == (None, None)
 
 
 def test_flags_beat_environment_beats_toml(home: Path) -> None:
