@@ -36,7 +36,8 @@ def generate(
 ) -> None:
     """Print what a model makes of PROMPT, or of what comes on stdin.
 
-    With --nvme-path, what was computed is found again by the next command.
+    With --nvme-path, what was computed is found again by the next command. Where the prompt
+    came from is told on a terminal, and by --json (`usage`) everywhere.
 
     \b
     kvstore generate --model smollm2 --chat "Why is the sky blue?"

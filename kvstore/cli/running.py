@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.cli.console import progress
 from kvstore.cli.model_package import fetch_demo_model
-from kvstore.errors import KVStoreError, ModelError, SettingsError
+from kvstore.errors import InputError, ModelError, SettingsError
 from kvstore.machine import memory_bytes
 from kvstore.quantities import format_size, format_time
 
@@ -58,13 +58,13 @@ def set_threads(settings: Settings) -> None:
 
 @contextmanager
 def engine_extra() -> Iterator[None]:
-    """Around imports that need torch and its company: says how to get them."""
+    """Around imports that need torch and its company. InputError says how to get them."""
     try:
         yield
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("kvstore"):
             raise
-        raise KVStoreError(
+        raise InputError(
             f"this needs {error.name}, which is not installed: "
             "pip install -e '.[engine]' in its clone"
         ) from error

@@ -51,6 +51,11 @@ def test_version(here: Callable[..., Done]) -> None:
     assert here("--version").stdout == f"kvstore, version {library.__version__}\n"
 
 
+def test_help_says_who_tells_where_a_prompt_came_from(here: Callable[..., Done]) -> None:
+    text = " ".join(here("generate", "--help").stdout.split())
+    assert "Where the prompt came from is told on a terminal, and by --json" in text
+
+
 def test_without_the_engine_extra(home: Path, model: Path) -> None:
     """`import torch` fails as it does where torch is not installed."""
     code = (
@@ -62,7 +67,7 @@ def test_without_the_engine_extra(home: Path, model: Path) -> None:
     advice = "this needs torch, which is not installed: pip install -e '.[engine]' in its clone"
     for command in (("generate", "hello"), ("chat",), ("demo",)):
         done = python(home, code, *command, "--model", str(model))
-        assert done == Done(1, "", f"kvstore: {advice}\n")
+        assert done == Done(2, "", f"kvstore: {advice}\n")
     assert python(home, code, "settings").status == 0
 
 
