@@ -15,6 +15,8 @@ from kvstore.quantities import format_size, format_time
 if TYPE_CHECKING:
     from kvstore.settings import Settings
 
+TIER_NAMES = {"ram": "RAM", "nvme": "NVMe"}
+
 
 @click.command(
     short_help="Sum up a directory or a running daemon.",
@@ -169,7 +171,11 @@ def counts(report: Mapping[str, Any]) -> tuple[int, str]:
     """Blocks asked for, and in words what became of them."""
     hits, misses = report["hits"], report["misses"]
     missed = sum(misses.values())
-    parts = [f"{count} from {tier.upper()}" for tier, count in sorted(hits.items()) if count]
+    parts = [
+        f"{count} from {TIER_NAMES.get(tier, tier)}"
+        for tier, count in sorted(hits.items())
+        if count
+    ]
     if missed:
         reasons = ", ".join(f"{count} {reason}" for reason, count in misses.items() if count)
         parts.append(f"{missed} missed ({reasons})")

@@ -34,6 +34,9 @@ def parse(url: str) -> Address:
         return Address(Path(parts.path))
     if parts.scheme == "kvstore" and parts.hostname and parts.path in ("", "/") and not extra:
         return Address(None, parts.hostname, DATA_PORT if port is None else port)
+    is_relative = bool(parts.netloc) or not parts.path.startswith("/")
+    if parts.scheme == "unix" and is_relative:
+        raise _refused(url, " (the path must be absolute)")
     raise _refused(url)
 
 

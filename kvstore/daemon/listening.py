@@ -22,8 +22,10 @@ class Endpoint(NamedTuple):
 def parse_endpoint(text: str, origin: str) -> Endpoint:
     """Raises SettingsError, which begins with `origin`, the name of the setting."""
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    if not colon or not port.isascii() or not port.isdigit():
         raise SettingsError(f"{origin} = {text!r}: must be HOST:PORT, such as 127.0.0.1:7420")
+    if len(port) > 5 or int(port) > 65535:
+        raise SettingsError(f"{origin} = {text!r}: the port is too large: at most 65535")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:

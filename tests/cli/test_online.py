@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import kvstore
+from kvstore.cli.stat import counts
 from kvstore.client.client import StoreClient
 from tests.cli.commands import Done, fill, namespace
 from tests.cli.test_bad_input import refused
@@ -54,6 +55,7 @@ def test_stat_of_a_daemon(
     assert f"process {process.pid}" in plain
     assert "RAM   8 blocks, 64 KiB of 1 MiB (6%)\n" in plain
     assert "6 blocks asked for: 6 from RAM\n" in plain
+    assert counts({"hits": {"nvme": 2, "ram": 1}, "misses": {}}) == (3, "2 from NVMe, 1 from RAM")
     assert "nvme 5 blocks, 80 tokens, 40 KiB: a model, float32" in plain
 
 
@@ -150,7 +152,8 @@ def test_a_daemon_that_cannot_be_reached(here: Callable[..., Done], tmp_path: Pa
     ("args", "expected"),
     [
         (["x", "--store", "unix:///y"], "DIR and --store do not go together"),
-        (["--store", "unix://y"], "'unix://y' names no daemon"),
+        (["--store", "unix://y"], "'unix://y' names no daemon (the path must be absolute)"),
+        (["--store", "unix:y/z"], "'unix:y/z' names no daemon (the path must be absolute)"),
         (["--store", "/run/kvstore.sock"], "give unix:///path/to/socket or kvstore://host:port"),
         (["--store", ""], "'' names no daemon"),
         (["--store", "http://[::1"], "names no daemon"),

@@ -273,6 +273,7 @@ def test_a_real_daemon(make_process: MakeProcess) -> None:
     ("address", "complaint"),
     [
         ("nonsense", "must be HOST:PORT"),
+        ("127.0.0.1:99999", "the port is too large: at most 65535"),
         ("0.0.0.0:7421", "open to this machine only"),
         ("127.0.0.1:PORT", "another process listens there"),
     ],
