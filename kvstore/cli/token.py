@@ -53,7 +53,8 @@ def new(
     try:
         checked_record(entry)
     except ValueError as error:
-        raise InputError(str(error)) from None
+        field, _, why = str(error).partition(":")
+        raise InputError(f"--{field.replace('_', '-')}:{why}") from None
     if as_json:
         print_json({"token": fresh, "entry": entry})
     else:

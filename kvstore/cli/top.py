@@ -41,18 +41,17 @@ def top(once: bool, interval: str, place: Place, settings: Settings, as_json: bo
     """Show a daemon live: tiers, hit rates, bytes that move, clients, queues.
 
     Ends with q or Ctrl-C. URL is the daemon of the settings (engine.store) or of the usual
-    socket unless given. For scripts: --once --json.
+    socket unless given. For scripts: --json, which looks once.
 
     \b
     kvstore top
     kvstore top --store unix:///run/kvstore/kvstore.sock --interval 5s
-    kvstore top --once --json | jq .hit_rate
+    kvstore top --json | jq .hit_rate
     """
     from kvstore.cli.console import out, print_json
 
     interval_s = time_option("--interval", interval)
-    if as_json and not once:
-        raise InputError("--json goes with --once")
+    once = once or as_json
     if not once and not (sys.stdin.isatty() and out.is_terminal):
         raise InputError("this needs a terminal; --once prints one look, wherever it goes")
     with connected(place, settings) as client:

@@ -107,10 +107,14 @@ def test_live_in_a_terminal(home: Path, process: DaemonProcess, how: str) -> Non
     os.close(theirs)
 
 
+def test_json_is_one_look(here: Callable[..., Done], process: DaemonProcess) -> None:
+    done = here("top", "--json", "--interval", "10ms", "--store", process.url)
+    assert (done.status, done.data["pid"]) == (0, process.pid)
+
+
 def test_bad_input(here: Callable[..., Done], process: DaemonProcess) -> None:
     refused(here("top"), "no daemon is running here: give its URL as --store")
     refused(here("top", "--set", "nvme.path=/nowhere"), "no daemon is running here")
-    refused(here("top", "--json", "--store", process.url), "--json goes with --once")
     refused(here("top", "--store", process.url), "this needs a terminal; --once")
     refused(here("top", "--once", "--interval", "0", "--store", process.url), "--interval '0'")
     refused(here("top", "somewhere"), "unexpected extra argument")

@@ -275,10 +275,18 @@ def test_a_token_in_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [("--rights", "all"), ("--priority-cap", "101"), ("--quota-bytes", "many")]
+    "flags",
+    [
+        ("--tenant", "a b"),
+        ("--rights", "all"),
+        ("--priority-cap", "101"),
+        ("--quota-bytes", "many"),
+    ],
 )
 def test_a_token_that_makes_no_sense(
     capsys: pytest.CaptureFixture[str], flags: tuple[str, str]
 ) -> None:
     assert run(["token", "new", "--tenant", "a", *flags]) == 2
-    assert capsys.readouterr().out == ""
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"kvstore: {flags[0]}: ")
