@@ -10,6 +10,7 @@ import click
 
 from kvstore.cli.options import json_option
 from kvstore.cli.target import WHICH, Place, connected, place_options
+from kvstore.errors import RightsError
 from kvstore.quantities import format_size, format_time
 
 if TYPE_CHECKING:
@@ -42,8 +43,10 @@ def stat(place: Place, settings: Settings, as_json: bool) -> None:
         print_json(report)
     elif place.url is None:
         _show_directory(report)
-    else:
+    elif "pid" in report:
         _show_daemon(report)
+    else:
+        _show_tenant(report)
 
 
 def directory_report(place: Place) -> dict[str, Any]:
@@ -65,12 +68,15 @@ def directory_report(place: Place) -> dict[str, Any]:
 
 
 def daemon_report(place: Place, settings: Settings) -> dict[str, Any]:
-    """A daemon, as it describes itself."""
+    """A daemon, as it describes itself: to those who may not administer, what is their own."""
     from kvstore.client.inventory import ClientInventory
 
     with connected(place, settings) as client:
-        status = dict(ClientInventory(client).status())
         stats = client.stats().to_dict()
+        try:
+            status = dict(ClientInventory(client).status())
+        except RightsError:
+            return {"store": str(place), **stats}
     namespaces = status.pop("namespaces")
     return {
         "store": str(place),
@@ -129,6 +135,14 @@ def _show_daemon(report: Mapping[str, Any]) -> None:
             f"{each['reservations']} reservations, {format_size(each['in_flight_bytes'])}\n"
         )
     _show_namespaces(report["namespaces"])
+
+
+def _show_tenant(report: Mapping[str, Any]) -> None:
+    from kvstore.cli.console import show
+
+    asked, served = counts(report)
+    show(f"{report['store']}: what is this tenant's own; the rest needs the right to admin\n")
+    show(f"{asked} blocks asked for{': ' if asked else ''}{served}\n")
 
 
 def _show_namespaces(namespaces: list[dict[str, Any]]) -> None:

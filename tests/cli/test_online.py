@@ -13,7 +13,9 @@ from kvstore.cli.stat import counts
 from kvstore.client.client import StoreClient
 from tests.cli.commands import Done, fill, namespace
 from tests.cli.test_bad_input import refused
+from tests.daemon.data_doors import DataDaemon
 from tests.daemon.doors import DaemonProcess
+from tests.daemon.tenants import READER, TENANTS
 
 BLOCK_BYTES = 8192
 
@@ -57,6 +59,20 @@ def test_stat_of_a_daemon(
     assert "6 blocks asked for: 6 from RAM\n" in plain
     assert counts({"hits": {"nvme": 2, "ram": 1}, "misses": {}}) == (3, "2 from NVMe, 1 from RAM")
     assert "nvme 5 blocks, 80 tokens, 40 KiB: a model, float32" in plain
+
+
+def test_stat_of_a_tenant(here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may only read is told what is its own."""
+    monkeypatch.setenv("KVSTORE_CLIENT__TOKEN", READER)
+    with kvstore.open(ram_bytes="1 MiB") as store, DataDaemon(store, TENANTS) as daemon:
+        with daemon.connect(token=READER) as client:
+            client.acquire(kvstore.TokenChain(namespace(), range(32)).chain()).release()
+            plain = here("stat", "--store", daemon.url)
+        data = here("stat", "--store", daemon.url, "--json").data
+    assert (plain.status, plain.stderr) == (0, "")
+    assert "2 blocks asked for: 2 missed (2 absent)\n" in plain.stdout
+    assert data["misses"] == {"absent": 2}
+    assert "sessions" not in data
 
 
 def test_ls_of_a_daemon(
