@@ -74,12 +74,17 @@ class Reservation:
 
     @property
     def is_populated(self) -> bool:
-        """Whether all slots are memory already, so that `populate` would do nothing."""
-        return self._hub.ram.arena.is_populated(self._stop())
+        """Whether all slots are memory already, so that `views` are there at once."""
+        return self._hub.ram.arena.is_populated(self.stop())
 
     def populate(self) -> None:
-        """See to it that the slots are memory, for one who writes to `offsets`. Blocks for ms."""
-        self._hub.ram.populate(self._stop())
+        """See to it that the slots are memory. Blocks for seconds, where they are many."""
+        self._hub.ram.populate(self.stop())
+
+    def stop(self) -> int:
+        """Where in the arena the last of the slots ends."""
+        index = self._hub.slots.index
+        return int((index.offset[self._rows] + index.nbytes[self._rows]).max(initial=0))
 
     def commit(self) -> int:
         """Make the blocks visible; returns how many this writer was the first to commit.
@@ -135,10 +140,6 @@ class Reservation:
             lost.__dict__.update(self.__dict__)
             self._open = False
             self._hub.orphans.append(lost.abort)
-
-    def _stop(self) -> int:
-        index = self._hub.slots.index
-        return int((index.offset[self._rows] + index.nbytes[self._rows]).max(initial=0))
 
     def _check_open(self) -> None:
         self._hub.check_open()

@@ -130,22 +130,13 @@ class Conversation:
             self._session.release(number)
         return reply
 
-    def _reserve(self, request: wire.Reserve) -> Answer:
+    def _reserve(self, request: wire.Reserve) -> wire.Reserved:
         number, reservation = self._session.reserve(self._chain(request), _retention(request))
         indices = np.array(reservation.indices, dtype="<u4").tobytes()
         offsets = reservation.offsets().astype("<u8").tobytes()
-        reply = wire.Reserved(request.seq, number, indices, offsets)
         if not len(reservation):  # as with leases
             self._session.abort(number)
-        if reservation.is_populated:
-            return reply
-
-        async def populate() -> wire.Reply:
-            """Memory that was never touched: a millisecond for every few blocks."""
-            await asyncio.to_thread(reservation.populate)
-            return reply
-
-        return populate()
+        return wire.Reserved(request.seq, number, indices, offsets)
 
     def _flush(self, request: wire.Flush) -> Answer:
         self._session.check_right("write")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kvstore.answers import Stats
 from kvstore.daemon.quota import NamespaceQuota, Quota
 from kvstore.daemon.session import Leased, Session
+from kvstore.daemon.warming import Warming
 from kvstore.errors import RequestError
 from kvstore.hot import HotPrefixes, Prefix
 from kvstore.identity import Namespace
@@ -50,6 +51,7 @@ class Service:
         self.hot = HotPrefixes()
         self.stopping = False  # the doors are about to close, or the store to end
         self._flushing = asyncio.Semaphore(FLUSHES)
+        self.warming = Warming(store.arena)
         self._watchers: set[Callable[[], None]] = set()
         self._loop = asyncio.get_running_loop()
         self._awake = False
@@ -139,6 +141,7 @@ class Service:
         self._watchers.discard(changed)
 
     def close(self) -> None:
+        self.warming.close()
         self._unsubscribe()
         for session in list(self.sessions):
             self.end(session)

@@ -168,6 +168,7 @@ class Session:
             self._quota.reserved(reservation)
         number = next(self._numbers)
         self.reservations[number] = held
+        self._service.warming.want(reservation.stop())
         self.in_flight_bytes += held.nbytes
         return number, reservation
 

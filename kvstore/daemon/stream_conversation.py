@@ -36,7 +36,6 @@ class Slots(NamedTuple):
 
     def runs(self) -> Iterator[memoryview]:
         """In the order of the blocks; those that lie side by side as one, to be filled at once."""
-        self.reservation.populate()
         starts = self.reservation.offsets()
         breaks = np.flatnonzero(np.diff(starts) != self.block_bytes) + 1
         for run in np.split(starts, breaks):
