@@ -179,6 +179,8 @@ def tiers(numbers: bytes) -> list[str | None]:
     """What stands in `Leased.sources` and `Probed.tiers`. Raises WireError."""
     if numbers and max(numbers) >= len(wire.TIERS):
         raise WireError("the daemon names a tier that nobody knows")
+    if numbers and numbers.count(numbers[0]) == len(numbers):
+        return [wire.TIERS[numbers[0]]] * len(numbers)
     return [wire.TIERS[number] for number in numbers]
 
 

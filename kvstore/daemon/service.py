@@ -100,8 +100,11 @@ class Service:
         counted, lease, asked = self.tenant_blocks[tenant.name], held.lease, held.asked
         counted["asked"] += len(asked)
         sources = lease.sources
-        for source in set(sources):
-            counted[f"hit_{source}"] += sources.count(source)
+        while sources:  # most often all are of one tier
+            source = sources[0]
+            same = sources.count(source)
+            counted[f"hit_{source}"] += same
+            sources = [] if same == len(sources) else [each for each in sources if each != source]
         if len(lease):
             prefix = Prefix(tenant.name, asked.namespace.fingerprint, asked.keys[0])
             self.hot.add(prefix, len(lease))
