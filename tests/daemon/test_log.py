@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import kvstore
@@ -96,13 +97,17 @@ def test_doors_and_tenants_are_named(
 
 def test_a_relative_socket_is_announced_as_clients_name_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kvstore", "daemon", "--socket", "s.sock"]
-    with subprocess.Popen(
-        [*command, "--ram-bytes", "1 MiB"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(tmp_path),
-        cwd=tmp_path,
-    ) as daemon:
+    with (
+        subprocess.Popen(
+            [*command, "--ram-bytes", "1 MiB"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(tmp_path),
+            cwd=tmp_path,
+        ) as daemon,
+        ExitStack() as ending,
+    ):
+        ending.callback(daemon.kill)  # before it is waited for, whatever fails here
         assert daemon.stderr is not None
         url = next(line.split()[-1] for line in daemon.stderr if " ready: " in line)
         assert url == f"unix://{tmp_path}/s.sock"
@@ -110,4 +115,4 @@ def test_a_relative_socket_is_announced_as_clients_name_it(tmp_path: Path) -> No
             assert put(client, chain(1)) == 1
         daemon.send_signal(signal.SIGTERM)
         assert daemon.stderr.read()
-    assert daemon.returncode == 0
+        assert daemon.wait() == 0
