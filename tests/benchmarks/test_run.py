@@ -24,7 +24,11 @@ ROWS = {
     ],
     "restart": ["restart with 2,000 blocks on NVMe"],
     "daemon/128KiB": ["daemon put 128 KiB", "daemon get 128 KiB"],
-    "daemon/words": ["daemon acquire of 512 resident blocks", "daemon probe of 1,000 keys"],
+    "daemon/words": [
+        "daemon acquire of 512 resident blocks",
+        "daemon acquire of 512 resident blocks, their views, and release",
+        "daemon probe of 1,000 keys",
+    ],
     "daemon/tcp/128KiB": ["daemon put 128 KiB, over TCP", "daemon get 128 KiB, over TCP"],
 }
 
