@@ -12,8 +12,11 @@ from tests.leaks import Held, leaks, watch_event_loops
 
 watch_event_loops()
 
-# A shell that starts us in the background has Ctrl-C ignored, which programs hand on.
+# A shell that starts us in the background has Ctrl-C ignored, and nohup the hangup, which
+# programs hand on to those they start. A handler they do not hand on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda _number, _frame: None)
 
 # The same examples on every machine and every run; `make soak` looks for new ones.
 settings.register_profile("default", deadline=None, derandomize=True, database=None)
