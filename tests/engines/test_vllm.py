@@ -14,8 +14,6 @@ import pytest
 
 import kvstore
 from benchmarks.workers.lines import Worker
-from kvstore.engine.engine import Engine
-from kvstore.engine.sampling import SamplingParams
 from kvstore.hashing import Chain, TokenChain
 from kvstore.store import BlockStore
 from tests.daemon.doors import Daemon, DaemonProcess
@@ -179,29 +177,6 @@ def test_a_store_of_its_own_survives_it_and_pages_run_out(
         assert hits(engine) >= sum(full(prompts))
         loaded = engine.ask("metrics")
         assert loaded["vllm:kvstore_loaded_tokens ram"] >= sum(full(prompts))
-
-
-def test_with_our_engine(vllm: Vllm, daemon: Daemon, model_folder: Path, text: list[int]) -> None:
-    """One writes, the other reads, both ways: each answers as it does alone."""
-    prompt, other = text[:513], text[1000:1513]
-    params = SamplingParams(max_tokens=32, ignore_eos=True)
-
-    def ours(store: BlockStore | None, tokens: list[int]) -> tuple[list[int], int]:
-        with Engine.from_pretrained(
-            model_folder, store=store, dtype="float32", hbm_bytes="128 MiB"
-        ) as engine:
-            output = engine.generate([tokens], params)[0]
-            return list(output.token_ids), output.usage.ram_tokens
-
-    expected, _ = ours(None, other)
-    ours(daemon.store, prompt)
-    with vllm() as engine:
-        theirs = engine.ask("generate", prompts=[prompt], tokens=32)
-    with vllm({"url": daemon.url}) as engine:
-        assert engine.ask("generate", prompts=[prompt], tokens=32) == theirs
-        assert hits(engine) == 512
-        engine.ask("generate", prompts=[other], tokens=1)
-    assert ours(daemon.store, other) == (expected, 512)
 
 
 def test_what_is_not_known_is_left_alone(
