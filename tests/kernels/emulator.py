@@ -1,0 +1,109 @@
+"""Runs kernels of kernels/csrc on the CPU: the same sources, compiled by g++.
+
+See emulator.h for what is emulated and what is checked. A kernel's pointers are those of CPU
+tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "kernels" / "csrc"
+# Alignment and bounds are checked where the hardware would fault; emulator.h has the handlers.
+# Contraction: the device's compiler fuses a multiplication and an addition as well.
+FLAGS = (
+    *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-w"),
+    *("-ffp-contract=fast", "-fsanitize=alignment,bounds,null", "-DKVSTORE_EMULATED"),
+)
+
+
+class EmulatorError(Exception):
+    """A kernel did what a GPU would not survive, or would only survive by luck."""
+
+
+class EmulatedRuntime:
+    """What `kernels/cuda_module.py` calls a runtime, for tensors on the CPU.
+
+    Compiled kernels are kept in `folder`, by the hash of all that goes into them. `seed`
+    chooses the order of blocks and threads; one test should run with several.
+    """
+
+    device_type = "cpu"
+
+    def __init__(self, folder: Path, seed: int = 0, sources: Path = SOURCES) -> None:
+        self.folder = folder
+        self.seed = seed
+        self.sources = sources
+
+    def launch(
+        self,
+        source: str,
+        kernel: str,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: Sequence[np.generic],
+        shared_bytes: int = 0,
+    ) -> None:
+        """As `Runtime.launch`; the kernel has run when it returns. Raises EmulatorError."""
+        entry = _entry(self.folder, self.sources / source, kernel)
+        values = [np.asarray(arg) for arg in args]
+        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        sizes = (ctypes.c_size_t * len(values))(*(value.nbytes for value in values))
+        ones = (1, 1, 1)
+        shape = (*(*grid, *ones)[:3], *(*block, *ones)[:3], shared_bytes, self.seed)
+        fault = entry((ctypes.c_uint * 8)(*shape), pointers, sizes, len(values))
+        if fault:
+            raise EmulatorError(f"{kernel}: {fault.decode()}")
+
+
+@cache
+def _entry(folder: Path, source: Path, kernel: str) -> Any:
+    library = ctypes.PyDLL(str(_compiled(folder, source, kernel)))
+    entry = library.start
+    entry.restype = ctypes.c_char_p
+    entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    return entry
+
+
+def _compiled(folder: Path, source: Path, kernel: str) -> Path:
+    """The shared object of one kernel, compiled unless it is there."""
+    program = f"""
+        #include "{HERE / "emulator_cuda.h"}"
+        #include "{source}"
+        extern "C" __attribute__((visibility("default"))) const char* start(
+            const unsigned* shape, void** arguments, const size_t* sizes, size_t count) {{
+          return emulator::start({kernel}, shape, arguments, sizes, count);
+        }}
+    """
+    parts = [program, *FLAGS]
+    parts += [path.read_text() for path in sorted(HERE.glob("*.h"))]
+    parts += [path.read_text() for path in sorted(source.parent.glob("*.cu*"))]
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    target = folder / f"{name}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        (Path(scratch) / "kernel.cpp").write_text(program)
+        _run(scratch, "g++", *FLAGS, "-c", "kernel.cpp", "-o", "kernel.o")
+        # Linked without the sanitizers' library: its handlers are ours.
+        _run(scratch, "g++", "-shared", "-Wl,-z,defs", "kernel.o", "-o", "kernel.so")
+        os.replace(Path(scratch) / "kernel.so", target)
+    return target
+
+
+def _run(folder: str, *command: str) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:4000]}")
