@@ -74,7 +74,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         try:
             self._namespace = model_namespace(vllm_config, kv_cache_config, options)
         except InputError as refusal:
-            log.warning("kvstore: running without it: %s", refusal)
+            _refuse(refusal, said_here=role == KVConnectorRole.SCHEDULER)
             return
         self._shared = SharedStore(options)
         if role == KVConnectorRole.WORKER:
@@ -103,7 +103,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             if pages.layout.block_tokens != page_tokens:
                 raise LayoutError(f"its tensors' blocks are not of {page_tokens} tokens")
         except Exception as refusal:
-            log.warning("kvstore: running without it: %s", refusal)
+            _refuse(refusal, said_here=parallel.rank == 0)
             return
         self._worker.pages = pages
 
@@ -152,7 +152,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._shared is None or len(ready) < parallel.world_size:
             return
         if {each.fingerprint for each in ready} != {self._namespace.fingerprint}:
-            log.warning("kvstore: running without it: the workers see another model's files")
+            _refuse("the workers see another model's files", said_here=True)
             return
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self._scheduler = Scheduler(
@@ -244,3 +244,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 side.close()
         if self._shared is not None:
             self._shared.close()
+
+
+def _refuse(why: object, *, said_here: bool) -> None:
+    """One line in the log, of all that come to the same end."""
+    log.log(logging.WARNING if said_here else logging.DEBUG, "kvstore: running without it: %s", why)

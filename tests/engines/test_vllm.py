@@ -28,8 +28,12 @@ HITS = "vllm:external_prefix_cache_hits"
 
 @pytest.fixture(scope="module")
 def prompts(text: list[int]) -> list[list[int]]:
-    """Three, of which two begin alike."""
+    """Three, of which the first two begin with the same 200 tokens."""
     return [text[:330], text[:200] + text[700:790], text[1000:1150]]
+
+
+# The second prompt, asked for with the first, may find what that one has just stored, or not.
+FROM_EACH_OTHER = (0, 192)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +91,7 @@ def test_what_one_process_has_computed_another_loads(
     arguments = {"block_size": block_size, "enable_prefix_caching": prefix_caching}
     with vllm(extra, max_num_batched_tokens=128, **arguments) as engine:  # chunked prefill
         assert engine.ask("generate", prompts=prompts, tokens=NEW) == cold
-        assert hits(engine) == 0
+        assert hits(engine) in FROM_EACH_OTHER
     held = [daemon.store.probe(chain_of(model_folder, prompt)).prefix for prompt in prompts]
     assert held == [len(prompt) // 16 for prompt in prompts]
 
@@ -131,9 +135,11 @@ def test_what_one_process_has_computed_another_loads(
         before = hits(engine)
         salts = ["theirs"] * 3
         assert engine.ask("generate", prompts=prompts, tokens=NEW, salts=salts) == cold
+        assert hits(engine) - before in FROM_EACH_OTHER
         assert engine.ask("reset", connector=True)
+        before = hits(engine)
         assert engine.ask("generate", prompts=prompts, tokens=NEW) == cold
-        assert hits(engine) == before
+        assert hits(engine) - before in FROM_EACH_OTHER
 
 
 def test_a_daemon_that_dies_while_it_is_loaded_from(
@@ -177,15 +183,3 @@ def test_a_store_of_its_own_survives_it_and_pages_run_out(
         assert hits(engine) >= sum(full(prompts))
         loaded = engine.ask("metrics")
         assert loaded["vllm:kvstore_loaded_tokens ram"] >= sum(full(prompts))
-
-
-def test_what_is_not_known_is_left_alone(
-    vllm: Vllm, daemon: Daemon, prompts: list[list[int]], cold: list[list[int]]
-) -> None:
-    """Weights that are in no file, and a namespace of another model."""
-    other = kvstore.Namespace("other", "w", "t", "float32", 2, 3, 64, 16, "")
-    with vllm({"url": daemon.url, "namespace": other.to_json()}) as engine:
-        assert engine.ask("generate", prompts=prompts, tokens=NEW) == cold
-    with vllm({"url": daemon.url}, load_format="dummy") as engine:
-        engine.ask("generate", prompts=prompts[2:], tokens=1)
-    assert daemon.store.stats().ram["blocks"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,9 @@ class VllmProcess:
     def __init__(self, folder: str, arguments: dict[str, Any], transfer: dict[str, Any]) -> None:
         vllm: Any = import_module("vllm")
         self._params: Any = vllm.SamplingParams
+        self._lines: list[str] = []
+        # A filter, because vLLM takes away handlers when it sets up its own.
+        logging.getLogger("vllm.kvstore").addFilter(self._hear)
         if transfer:
             arguments["kv_transfer_config"] = vllm.config.KVTransferConfig(
                 kv_connector="KVStoreConnector",
@@ -56,6 +60,14 @@ class VllmProcess:
     def reasons(self) -> list[str]:
         """Why each of the last answers has ended."""
         return self.finish_reasons
+
+    def _hear(self, record: logging.LogRecord) -> bool:
+        self._lines.append(record.getMessage())
+        return True
+
+    def said(self) -> list[str]:
+        """What kvstore has logged, as far as vLLM's level lets it."""
+        return self._lines
 
     def timed(self, prompt: Sequence[int], tokens: int) -> float:
         """Seconds until the prompt has `tokens` new tokens."""
@@ -118,8 +130,8 @@ class VllmProcess:
 def build() -> dict[str, Any]:
     folder, arguments, transfer = sys.argv[1:]
     process = VllmProcess(folder, json.loads(arguments), json.loads(transfer))
-    verbs = ("generate", "reasons", "timed", "abort", "reset", "kill_at_load", "metrics", "end")
-    return {verb: getattr(process, verb) for verb in verbs}
+    verbs = ("generate", "reasons", "said", "timed", "abort", "reset", "kill_at_load", "metrics")
+    return {verb: getattr(process, verb) for verb in (*verbs, "end")}
 
 
 if __name__ == "__main__":
