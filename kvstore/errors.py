@@ -28,6 +28,10 @@ class RequestError(InputError):
     """A request cannot be served: prompt longer than the context, bad sampling values."""
 
 
+class KernelError(InputError):
+    """A CUDA kernel cannot be compiled or loaded, or not for these tensors."""
+
+
 class DirectoryError(InputError):
     """An NVMe directory cannot be opened: no permission, in use, or of a newer format."""
 

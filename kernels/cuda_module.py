@@ -1,0 +1,190 @@
+"""Compiles the CUDA sources in csrc/ when they are first needed, and launches their kernels.
+
+A kernel is named by its source and a C++ expression, `copy_pages<2, true>`; each is compiled
+alone, for the device at hand, by NVRTC, and kept on disk. Nothing here is imported before
+someone has a CUDA device; docs/adr/0050-kernels-proved-on-a-cpu.md says how it is tested
+without one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvstore.errors import KernelError
+
+SOURCES = Path(__file__).resolve().parent / "csrc"
+OPTIONS = ("--std=c++17", "--generate-line-info")
+# A block gets more dynamic shared memory than this only if it asks before.
+SHARED_BYTES = 48 * 1024
+
+
+class Runtime(Protocol):
+    """Where kernels run. There is the CUDA one here and, in the tests, one on the CPU."""
+
+    @property
+    def device_type(self) -> str:
+        """Of the tensors that its kernels read and write, as torch calls it."""
+        ...
+
+    def launch(
+        self,
+        source: str,
+        kernel: str,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: Sequence[np.generic],
+        shared_bytes: int = 0,
+    ) -> None:
+        """Start `kernel` of `source`; memory that it uses must live until it has run.
+
+        `args` have the kernel's own types, pointers as numpy.uint64 (`address`). Raises
+        KernelError where it cannot be compiled or loaded.
+        """
+        ...
+
+
+def address(tensor: Tensor | None) -> np.uint64:
+    """A tensor's memory as an argument; a null pointer for None."""
+    return np.uint64(0 if tensor is None else tensor.data_ptr())
+
+
+def runtime_of(tensor: Tensor) -> Runtime:
+    """For a tensor on a CUDA device. Raises KernelError for one elsewhere."""
+    if tensor.device.type != "cuda":
+        raise KernelError(f"CUDA kernels need tensors on a CUDA device, not on {tensor.device}")
+    return _runtime(tensor.device.index)
+
+
+@cache
+def _runtime(index: int) -> CudaRuntime:
+    return CudaRuntime(index)
+
+
+class _Stream(NamedTuple):
+    """Torch's stream for CuPy, which asks a stream for its pointer and nothing else."""
+
+    ptr: int
+
+
+class CudaRuntime:
+    """One CUDA device. Kernels run on torch's current stream of it, in the order of launches."""
+
+    device_type = "cuda"
+
+    def __init__(self, index: int = 0) -> None:
+        major, minor = torch.cuda.get_device_capability(index)
+        self._index = index
+        self._arch = f"sm_{major}{minor}"
+        self._kernels: dict[tuple[str, str], Any] = {}
+
+    def launch(
+        self,
+        source: str,
+        kernel: str,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: Sequence[np.generic],
+        shared_bytes: int = 0,
+    ) -> None:
+        with torch.cuda.device(self._index):
+            stream = _Stream(torch.cuda.current_stream(self._index).cuda_stream)
+            function = self._kernels.get((source, kernel)) or self._load(source, kernel)
+            if shared_bytes > SHARED_BYTES > function.max_dynamic_shared_size_bytes:
+                function.max_dynamic_shared_size_bytes = shared_bytes
+            function(grid, block, tuple(args), shared_mem=shared_bytes, stream=stream)
+
+    def _load(self, source: str, kernel: str) -> Any:
+        import cupy
+
+        path, symbol = cubin(source, kernel, self._arch)
+        try:
+            function = cupy.RawModule(path=str(path)).get_function(symbol)
+            function.compile()
+        except cupy.cuda.driver.CUDADriverError as error:
+            raise KernelError(f"{kernel} for {self._arch} cannot be loaded: {error}") from error
+        self._kernels[source, kernel] = function
+        return function
+
+
+def cubin(source: str, kernel: str, arch: str, folder: Path | None = None) -> tuple[Path, str]:
+    """Machine code of one kernel for `arch` ("sm_90"), and its name in there.
+
+    From `folder` (by default the user's cache), or else compiled, which takes about a second
+    and needs no device. Raises KernelError without CuPy or NVRTC, and for a source that does
+    not compile.
+    """
+    folder = folder or _cache_folder()
+    headers = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))}
+    text = (SOURCES / source).read_text()
+    parts = [str(_nvrtc_version()), arch, kernel, text, *OPTIONS, *headers, *headers.values()]
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    code, symbol = folder / f"{name}.cubin", folder / f"{name}.symbol"
+    if not code.exists():
+        binary, lowered = _compile(source, text, headers, kernel, arch)
+        folder.mkdir(parents=True, exist_ok=True)
+        _put(symbol, lowered.encode())  # first: who finds the code must find its name
+        _put(code, binary)
+    return code, symbol.read_text()
+
+
+def _compile(
+    source: str, text: str, headers: dict[str, str], kernel: str, arch: str
+) -> tuple[bytes, str]:
+    """Machine code and the symbol of `kernel` in it."""
+    from cupy.cuda import nvrtc
+
+    # NVRTC reads no file: the headers are given with the source.
+    names = tuple(name.encode() for name in headers)
+    texts = tuple(header.encode() for header in headers.values())
+    program = nvrtc.createProgram(text, source, texts, names)
+    try:
+        nvrtc.addNameExpression(program, kernel)
+        try:
+            nvrtc.compileProgram(program, (*OPTIONS, f"--gpu-architecture={arch}"))
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program)
+            raise KernelError(f"{kernel} of {source} for {arch}: {error}\n{log}") from error
+        return nvrtc.getCUBIN(program), nvrtc.getLoweredName(program, kernel)
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _nvrtc_version() -> tuple[int, int]:
+    """Raises KernelError with what to install."""
+    try:
+        from cupy.cuda import nvrtc
+    except ImportError as error:
+        raise KernelError(
+            "CUDA kernels need CuPy: pip install 'kvstore[cuda13]', or cuda12 for older drivers"
+        ) from error
+    try:
+        version: tuple[int, int] = nvrtc.getVersion()
+    except Exception as error:  # CuPy says in many ways that the library cannot be found
+        raise KernelError(
+            "CUDA kernels are compiled by NVRTC: pip install nvidia-cuda-nvrtc "
+            f"of your CUDA version ({error})"
+        ) from error
+    return version
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "kvstore" / "kernels"
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Write a file that others see whole or not at all."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+    os.replace(scratch, path)
