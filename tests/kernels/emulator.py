@@ -25,6 +25,7 @@ SOURCES = HERE.parents[1] / "kernels" / "csrc"
 FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-w"),
     *("-ffp-contract=fast", "-fsanitize=alignment,bounds,null", "-DKVSTORE_EMULATED"),
+    f"-I{HERE}",
 )
 
 
