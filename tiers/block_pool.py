@@ -1,8 +1,9 @@
-"""Which physical block of HBM belongs to whom: free list, reference counts, keys.
+"""Which physical block of HBM belongs to whom: free list, reference counts, keys, holds.
 
 A block that nobody references is free; it keeps its key, and can be found again,
-until it is taken for something else. Pure and single-threaded: it belongs to the
-engine's loop, and holds no bytes.
+until it is taken for something else. Unless it is held: a copy from or to it is on its
+way, and until that has arrived its memory is nobody's to write to. Pure and
+single-threaded: it belongs to the engine's loop, and holds no bytes.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ FORGET_BLOCKS = 8
 class BlockPool:
     """Reference counts and keys of `blocks` physical blocks, numbered from 0.
 
-    A block is in exactly one of three places: in use (references > 0), cached
-    (free, but it has a key), or empty (free, no key).
+    A block is in exactly one of four places: in use (references > 0), held (no
+    references, but a copy is on its way), cached (free, but it has a key), or empty
+    (free, no key). One that is held or cached can be found and shared by its key.
     """
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
         self._references = [0] * blocks
+        self._holds = [0] * blocks
+        self.held_blocks = 0  # that nobody references: free as soon as their copies are over
         self._keys: list[Key | None] = [None] * blocks
         self._by_key: dict[Key, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # the next to be forgotten first
@@ -48,16 +52,23 @@ class BlockPool:
 
     @property
     def used_blocks(self) -> int:
+        """In use or held."""
         return self.blocks - self.free_blocks
 
     def references(self, block: int) -> int:
         return self._references[block]
 
+    def is_cached(self, block: int) -> bool:
+        return block in self._cached
+
+    def is_held(self, block: int) -> bool:
+        return self._holds[block] > 0
+
     def key(self, block: int) -> Key | None:
         return self._keys[block]
 
     def find(self, keys: Sequence[Key]) -> list[int]:
-        """Blocks of the leading `keys` that are here, in use or cached. No side effect."""
+        """Blocks of the leading `keys` that are here, free or not. No side effect."""
         found: list[int] = []
         for key in keys:
             block = self._by_key.get(key)
@@ -67,12 +78,15 @@ class BlockPool:
         return found
 
     def share(self, blocks: Sequence[int]) -> None:
-        """One reference more for each; a cached block comes into use again."""
+        """One reference more for each; a cached or held block comes into use again."""
         for block in blocks:
             if not self._references[block]:
-                if block not in self._cached:
-                    raise InvariantError(f"block {block} is shared, but it is empty")
-                del self._cached[block]
+                if self._keys[block] is None:
+                    raise InvariantError(f"block {block} is shared, but nobody knows its content")
+                if self._holds[block]:
+                    self.held_blocks -= 1
+                else:
+                    del self._cached[block]
             self._references[block] += 1
 
     def take(self, count: int, after: int | None = None) -> list[int]:
@@ -113,11 +127,33 @@ class BlockPool:
             self._references[block] = references - 1
             if references > 1:
                 continue
-            if self._keys[block] is None:
-                self._empty[block] = True
-                self._empty_blocks += 1
+            if self._holds[block]:
+                self.held_blocks += 1
             else:
-                self._cached[block] = None
+                self._free(block)
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """A copy from or to each of `blocks`, all in use, begins: not to be taken until `unhold`.
+
+        Whoever references them may release them meanwhile.
+        """
+        for block in blocks:
+            if not self._references[block]:
+                raise InvariantError(f"block {block} is held, but nobody uses it")
+            self._holds[block] += 1
+
+    def unhold(self, blocks: Sequence[int]) -> None:
+        """That copy is over. Blocks that nobody references any more become free, as in `release`.
+
+        `blocks` are in the chain's order.
+        """
+        for block in reversed(blocks):
+            if self._holds[block] < 1:
+                raise InvariantError(f"block {block} is not held")
+            self._holds[block] -= 1
+            if not self._holds[block] and not self._references[block]:
+                self.held_blocks -= 1
+                self._free(block)
 
     def name(self, block: int, key: Key) -> None:
         """The content of `block`, which is in use, is final from now on and known as `key`.
@@ -131,19 +167,34 @@ class BlockPool:
             self._keys[block] = key
 
     def clear(self) -> int:
-        """Forget every cached block; blocks in use keep their keys. Returns how many."""
+        """Forget every block that nobody uses; those in use keep their keys. Returns how many."""
         count = len(self._cached)
         self._forget(count)
+        if self.held_blocks:
+            held = [b for b in self._by_key.values() if not self._references[b]]
+            for block in held:
+                self._unname(block)
+            count += len(held)
         return count
+
+    def _free(self, block: int) -> None:
+        if self._keys[block] is None:
+            self._empty[block] = True
+            self._empty_blocks += 1
+        else:
+            self._cached[block] = None
+
+    def _unname(self, block: int) -> None:
+        key = self._keys[block]
+        if key is None:
+            raise InvariantError(f"cached block {block} has no key")
+        del self._by_key[key]
+        self._keys[block] = None
 
     def _forget(self, count: int) -> None:
         for _ in range(count):
             block, _none = self._cached.popitem(last=False)
-            key = self._keys[block]
-            if key is None:
-                raise InvariantError(f"cached block {block} has no key")
-            del self._by_key[key]
-            self._keys[block] = None
+            self._unname(block)
             self._empty[block] = True
         self._empty_blocks += count
 
@@ -171,18 +222,24 @@ class BlockPool:
 
     def check_invariants(self) -> None:
         """Raises InvariantError unless every block is in exactly one place."""
+        held = 0
         for block in range(self.blocks):
             key, references = self._keys[block], self._references[block]
             cached, empty = block in self._cached, bool(self._empty[block])
-            if references < 0 or (references > 0) + cached + empty != 1:
+            is_held = not references and self._holds[block] > 0
+            if references < 0 or (references > 0) + is_held + cached + empty != 1:
                 raise InvariantError(
-                    f"block {block}: references {references}, cached {cached}, empty {empty}"
+                    f"block {block}: references {references}, holds {self._holds[block]}, "
+                    f"cached {cached}, empty {empty}"
                 )
+            held += is_held
             if key is None and cached:
                 raise InvariantError(f"block {block} is cached without a key")
             if key is not None and (empty or self._by_key.get(key) != block):
                 raise InvariantError(f"block {block} has a key that does not lead to it")
         if len(self._by_key) != sum(key is not None for key in self._keys):
             raise InvariantError("there are keys that lead to no block")
+        if held != self.held_blocks:
+            raise InvariantError(f"{self.held_blocks} held blocks by count, not so by holds")
         if self._empty_blocks != int(self._empty.sum()):
             raise InvariantError(f"{self._empty_blocks} empty blocks by count, not so by flag")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import SettingsError
-from kvstore.kernels.block_copy import copy_in, copy_out
 from kvstore.layout import BlockLayout
 from kvstore.tiers.block_pool import BlockPool
+from kvstore.tiers.hbm_copies import CopyStream, HostCopies
 
 TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -21,7 +21,7 @@ class HbmTier:
     `kv` is `[kv_heads, layers, 2, blocks * block_tokens, head_dim]`: block b is
     the tokens `[b * block_tokens, (b + 1) * block_tokens)`, and in C order its
     bytes are the canonical block. Belongs to one thread, the engine's loop. On
-    a CPU the tensor is plain memory.
+    a CPU the tensor is plain memory. `copies` moves blocks between it and RAM.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class HbmTier:
             dtype=TORCH_DTYPE[layout.dtype],
             device=device,
         )
+        self.copies: CopyStream = HostCopies(self.kv, layout)
 
     @property
     def capacity_tokens(self) -> int:
@@ -50,14 +51,6 @@ class HbmTier:
         """Copy whole blocks, `(source, target)`, in this order: copy on write."""
         for source, target in copies:
             self._block(target).copy_(self._block(source))
-
-    def write_out(self, blocks: Sequence[int], views: Sequence[memoryview]) -> None:
-        """Copy blocks to `views`, `block_bytes` each, in canonical layout."""
-        copy_out(self.kv, blocks, views, self.layout.block_tokens)
-
-    def read_in(self, blocks: Sequence[int], views: Sequence[memoryview]) -> None:
-        """Fill blocks from `views`, `block_bytes` each, in canonical layout."""
-        copy_in(self.kv, views, blocks, self.layout.block_tokens)
 
     def _block(self, block: int) -> Tensor:
         tokens = self.layout.block_tokens

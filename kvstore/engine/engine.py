@@ -133,6 +133,7 @@ class Engine:
         finally:
             for request in requests:
                 self.abort(request.request_id)
+            self._loop.settle()
 
     def stream(
         self,
@@ -155,6 +156,7 @@ class Engine:
                 yield from self._read(request, progress)
             finally:
                 self.abort(request.request_id)
+                self._loop.settle()
 
         return deltas()
 
@@ -170,7 +172,7 @@ class Engine:
         """Compute one batch: a token of each running sequence and a chunk of the prompts.
 
         Returns what has become final. Waits, for a moment, only when nothing can
-        be computed because all is being loaded.
+        be computed because all is being loaded or copied.
         """
         self._check_open()
         self._advance()
@@ -186,7 +188,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._loop.requests)
+        return self._loop.busy
 
     def clear_hbm(self) -> int:
         """Forget every block that no running sequence uses; returns how many were known."""

@@ -50,6 +50,16 @@ class Loop:
             self._offload = Offload(store, hbm, self._scheduler, self._prefill_cost)
         self._counters: Counter[str] = Counter()
 
+    @property
+    def busy(self) -> bool:
+        """Whether `advance` has anything to do."""
+        return bool(self.requests) or (self._offload is not None and self._offload.copying)
+
+    def settle(self) -> None:
+        """See the last copies to their end, when there is nothing else to do."""
+        if self._offload is not None and not self.requests:
+            self._offload.settle()
+
     def start(self, request: Request) -> None:
         self.requests[request.request_id] = request
         self._scheduler.add(request.leader)
@@ -65,7 +75,7 @@ class Loop:
             self._scheduler.remove(sequence)
 
     def advance(self) -> list[Delta]:
-        """One step: at most one token for each sequence. Waits only when all is being loaded."""
+        """One step: at most one token for each sequence. Waits only when none can be computed."""
         self._admit()
         step = self._scheduler.plan()
         if not step.pieces:
@@ -79,8 +89,8 @@ class Loop:
         self._observe(step.pieces, time.monotonic() - began_s)
         for piece in step.pieces:
             self._scheduler.advance(piece)
-            if self._offload is not None:
-                self._offload.offer(piece.sequence)
+        if self._offload is not None:
+            self._offload.offer(piece.sequence for piece in step.pieces)
         deltas = []
         for sequence in finishing:
             siblings = self._scheduler.fork(sequence)
@@ -113,6 +123,8 @@ class Loop:
         """Abort all requests and let go of the weights and the KV."""
         for request_id in list(self.requests):
             self.abort(request_id)
+        if self._offload is not None:
+            self._offload.close()
         del self._decoder, self.hbm.kv
 
     def _admit(self) -> None:
@@ -121,8 +133,7 @@ class Loop:
             if offload is not None:
                 offload.begin(sequence)
         if offload is not None:
-            if offload.loading:
-                offload.poll(others_run=any(s.phase is Phase.RUNNING for s in scheduler.running))
+            offload.poll(others_run=any(s.phase is Phase.RUNNING for s in scheduler.running))
             offload.prefetch(islice(scheduler.waiting, LOOKAHEAD_SEQUENCES))
 
     def _forward(self, pieces: Sequence[Piece]) -> Tensor:
@@ -142,7 +153,8 @@ class Loop:
             logits_rows=rows,
             device=self.hbm.kv.device,
         )
-        return self._decoder.forward(batch, self.hbm.kv)
+        gates = [] if self._offload is None else self._offload.take_gates()
+        return self._decoder.forward(batch, self.hbm.kv, gates)
 
     def _draw(self, sequences: Sequence[TokenSequence], logits: Tensor) -> list[int]:
         """The next token of each sequence, and of each sibling that it is about to have."""

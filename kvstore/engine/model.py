@@ -15,6 +15,7 @@ from kvstore.engine.config import ModelConfig
 from kvstore.engine.linear import MIN_ROWS, Linear
 from kvstore.engine.rotary import Rotary, rotate
 from kvstore.kernels.paged_attention import PagedAttention, Workspace
+from kvstore.tiers.hbm_copies import Gates
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,11 @@ class Decoder:
         return cls(config, layers, embedding, norm, Linear(head))
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv: Tensor) -> Tensor:
+    def forward(self, batch: Batch, kv: Tensor, gates: Sequence[Gates] = ()) -> Tensor:
         """Compute the batch's rows, write their K and V to `kv`, return the wanted logits.
+
+        Blocks that are still being copied to `kv` are read layer by layer, each after its
+        event in each of `gates`.
 
         `kv` is [kv_heads, layers, 2, slots, head_dim] of the decoder's dtype and device;
         the caller owns it, and everything in it is finite. Logits are float32
@@ -88,6 +92,8 @@ class Decoder:
         for number, layer in enumerate(self._layers):
             x = self._norm_rows(hidden, layer.input_norm)
             query = self._store_kv(layer, x, cos, sin, batch.slots, kv[:, number])
+            for gate in gates:
+                gate[number].precede_compute()
             if layer is self._layers[-1] and len(batch.logits_rows) < len(batch.tokens):
                 # All K and V are stored; of what remains only the wanted rows are read.
                 if not batch.logits_spans:

@@ -1,47 +1,25 @@
 """The engine's side of the store: full blocks go out as they fill, known ones come in.
 
-Nothing here waits for the store except `wait`, which the engine calls when it
-has nothing else to do. Whatever the store does, short of returning wrong bytes,
-costs hits and nothing more: an exception is counted and logged, and the
-sequence goes on without the store.
+Nothing here waits, for the store or for a copy, except `wait` and `settle`, which the engine
+calls when it has nothing else to do. Whatever the store does, short of returning wrong
+bytes, costs hits and nothing more: an exception is counted and logged, and the sequence
+goes on without the store.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby
-from typing import cast
+from collections.abc import Iterable
 
+from kvstore.engine.arrivals import Arrivals
+from kvstore.engine.departures import Departures
+from kvstore.engine.guard import Guard
 from kvstore.engine.scheduler import Scheduler
-from kvstore.engine.sequence import Phase, Source, TokenSequence
+from kvstore.engine.sequence import TokenSequence
 from kvstore.planner import LinearCost, plan_load
 from kvstore.tiers.hbm import HbmTier
-from kvstore.verbs import Lease, Store
-
-# What is copied in at most between two steps while others decode: a few milliseconds.
-STEP_COPY_BYTES = 32 << 20
-# How long `wait` waits for the next block before it looks at everything again.
-WAIT_S = 0.05
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False, slots=True)
-class Load:
-    """A sequence that a lease is filling, from block `start` on."""
-
-    sequence: TokenSequence
-    lease: Lease
-    start: int
-
-    @property
-    def done(self) -> int:
-        """Blocks of the lease that are in HBM."""
-        return self.sequence.computed_blocks - self.start
+from kvstore.tiers.hbm_copies import Gates
+from kvstore.verbs import Store
 
 
 class Offload:
@@ -56,42 +34,37 @@ class Offload:
     ) -> None:
         self._store = store
         self._hbm = hbm
-        self._scheduler = scheduler
         self._prefill = prefill
-        self._loads: list[Load] = []  # oldest first
-        self.counters: Counter[str] = Counter()
+        self._guarded = Guard()
+        self._departures = Departures(store, hbm, self._guarded)
+        self._arrivals = Arrivals(hbm, scheduler, self._guarded)
 
     @property
-    def loading(self) -> bool:
-        return bool(self._loads)
+    def counters(self) -> Counter[str]:
+        return self._guarded.counters
 
-    def offer(self, sequence: TokenSequence) -> None:
-        """Give the store the blocks of `sequence` that have become full. Copies, does not wait.
+    @property
+    def copying(self) -> bool:
+        """Whether copies are on their way for which no sequence waits."""
+        return bool(self._departures) or self._arrivals.copying
 
-        A block is offered once. Where the store has no room it is not taken.
-        """
-        start, stop = sequence.offered_blocks, sequence.computed_blocks
-        if start >= stop:
-            return
-        sequence.offered_blocks = stop
-        with self._guarded("offer"):
-            chain = sequence.chain.chain(start, stop)
-            with self._store.reserve(chain) as reservation:
-                if not reservation.indices:
-                    return
-                table = sequence.block_table
-                blocks = [table[start + index] for index in reservation.indices]
-                self._hbm.write_out(blocks, reservation.views)
-                reservation.commit()
-                self.counters["offloaded_blocks"] += len(blocks)
+    def offer(self, sequences: Iterable[TokenSequence]) -> None:
+        """Give the store the blocks of `sequences` that have become full."""
+        self._departures.offer(sequences)
 
     def demote(self, sequence: TokenSequence) -> None:
         """`sequence` is about to lose its blocks: see that the store has them."""
-        self.cancel(sequence)
+        self._arrivals.cancel(sequence)
+        table, count = sequence.block_table, sequence.computed_blocks
         with self._guarded("demote"):
-            held = self._store.probe(sequence.chain.chain(0, sequence.computed_blocks)).prefix
-            sequence.offered_blocks = min(sequence.offered_blocks, held)
-        self.offer(sequence)
+            tiers = self._store.probe(sequence.chain.chain(0, count)).tiers
+            is_held = self._hbm.pool.is_held
+            # A held block is on its way to the store, or has just come from there.
+            lost = (i for i in range(count) if tiers[i] is None and not is_held(table[i]))
+            sequence.offered_blocks = min(sequence.offered_blocks, next(lost, count))
+        if not self._arrivals.gated_blocks.isdisjoint(table[sequence.offered_blocks : count]):
+            return  # not even there yet: the store that had them has been replaced
+        self.offer([sequence])
 
     def prefetch(self, waiting: Iterable[TokenSequence]) -> None:
         """Have the store bring into RAM what these sequences will want, once for each."""
@@ -132,75 +105,36 @@ class Offload:
                 return
             # Also where the probe saw nothing: the store counts its misses, with their reasons.
             lease = self._store.acquire(chain, deadline_s=plan.deadline_s)
-            self._loads.append(Load(sequence, lease, sequence.computed_blocks))
-            sequence.phase = Phase.LOADING
+            self._arrivals.begin(sequence, lease)
 
     def poll(self, *, others_run: bool) -> None:
-        """Copy what has arrived; a sequence whose lease has ended is RUNNING again."""
-        block_bytes = self._hbm.layout.block_bytes
-        budget = max(1, STEP_COPY_BYTES // block_bytes) if others_run else self._hbm.pool.blocks
-        for load in self._loads.copy():
-            self._scheduler.catch_up(load.sequence)
-            sources: list[str] = []
-            ended = True  # unless the lease can say otherwise
-            with self._guarded("load"):
-                sources = self._copy(load, budget)
-                ended = load.done + len(sources) >= len(load.lease)
-            self._arrived(load.sequence, sources)
-            budget -= len(sources)
-            if ended:
-                self._end(load)
+        """Go on with what was copied meanwhile, and copy what is ready."""
+        self._departures.poll()
+        self._arrivals.poll(others_run=others_run)
+
+    def take_gates(self) -> list[Gates]:
+        """What the next forward pass has to wait for, layer by layer."""
+        return self._arrivals.take_gates()
 
     def wait(self) -> None:
-        """Block until something arrives for the oldest load, for a moment at most."""
-        if self._loads:
-            load = self._loads[0]
-            with self._guarded("wait"):
-                load.lease.wait(load.done + 1, WAIT_S)
+        """Block until a copy is over or something can be loaded, for a moment at most."""
+        if self._departures:
+            self._departures.wait()
+        elif self._arrivals.copying:
+            self._arrivals.wait_for_copies()
+        else:
+            self._arrivals.wait()
+
+    def settle(self) -> None:
+        """Block until the copies are over for which no sequence waits. Milliseconds."""
+        while self._departures:
+            self._departures.wait()
+        self._arrivals.wait_for_copies()
 
     def cancel(self, sequence: TokenSequence) -> None:
         """Stop loading `sequence`, if it is being loaded."""
-        for load in self._loads.copy():
-            if load.sequence is sequence:
-                self._end(load)
+        self._arrivals.cancel(sequence)
 
     def close(self) -> None:
-        for load in self._loads.copy():
-            self._end(load)
-
-    def _copy(self, load: Load, budget: int) -> list[str]:
-        """Copy ready blocks of a lease to HBM, at most `budget`; returns where each came from."""
-        done = load.done
-        ready = min(load.lease.ready(), done + budget)
-        if ready <= done:
-            return []
-        blocks = load.sequence.block_table[load.start + done : load.start + ready]
-        self._hbm.read_in(blocks, load.lease.views[done:ready])
-        return load.lease.sources[done:ready]
-
-    def _arrived(self, sequence: TokenSequence, sources: list[str]) -> None:
-        for source, run in groupby(sources):
-            tokens = len(list(run)) * sequence.block_tokens
-            sequence.advance(tokens, cast(Source, source))
-            self._scheduler.name_blocks(sequence, tokens)
-        sequence.offered_blocks = max(sequence.offered_blocks, sequence.computed_blocks)
-        self.counters["loaded_blocks"] += len(sources)
-
-    def _end(self, load: Load) -> None:
-        self._loads.remove(load)
-        if load.sequence.phase is Phase.LOADING:
-            load.sequence.phase = Phase.RUNNING
-        with self._guarded("release"):
-            load.lease.release()
-
-    @contextmanager
-    def _guarded(self, action: str) -> Iterator[None]:
-        """The store must never fail a request: count what it raises, and go on."""
-        try:
-            yield
-        except Exception as error:
-            self.counters["store_errors"] += 1
-            level = logging.WARNING if self.counters["store_errors"] == 1 else logging.DEBUG
-            # Its text: a log that keeps an error keeps its frames, and their buffers.
-            text = repr(error)
-            log.log(level, "the store failed (%s), going on without it: %s", action, text)
+        self._arrivals.close()
+        self.settle()

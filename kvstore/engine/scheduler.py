@@ -76,9 +76,10 @@ class Scheduler:
             return None
         found = self._pool.find(sequence.next_blocks().keys)
         wanted = -(-len(sequence.tokens) // sequence.block_tokens) - len(found)
-        revived = sum(not self._pool.references(block) for block in found)
+        revived = sum(self._pool.is_cached(block) for block in found)
         # A block each for those that run, or the newcomer would be thrown out at once.
-        if wanted + revived + width > self._pool.free_blocks and self.running:
+        needed = wanted + revived + width
+        if needed > self._pool.free_blocks and (self.running or self._pool.held_blocks):
             return None
         self._pool.share(found)
         taken = self._pool.take(wanted, after=found[-1] if found else None)
@@ -167,7 +168,11 @@ class Scheduler:
         return pieces
 
     def _make_room(self, sequence: TokenSequence, copies: list[tuple[int, int]]) -> bool:
-        """A block of its own for the next token; False when `sequence` itself had to go."""
+        """A block of its own for the next token; False when there is none in this step.
+
+        Then `sequence` itself had to go, or blocks will be free as soon as they are copied:
+        nobody else is thrown out while that can be waited for.
+        """
         table = sequence.block_table
         place = sequence.computed_tokens // sequence.block_tokens
         before = table[place - 1] if place else None
@@ -175,6 +180,8 @@ class Scheduler:
         while place == len(table) or self._pool.references(table[place]) > 1:
             taken = self._pool.take(1, after=before)
             if not taken:
+                if self._pool.held_blocks:
+                    return False
                 youngest = self.running[-1]
                 self._preempt(youngest)
                 if youngest is sequence:

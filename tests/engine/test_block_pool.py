@@ -114,18 +114,54 @@ def test_mistakes_are_refused() -> None:
     pool.release([block])
     with pytest.raises(InvariantError):
         pool.release([block])
+    with pytest.raises(InvariantError):
+        pool.hold([block])  # nobody uses it
+    with pytest.raises(InvariantError):
+        pool.unhold([block])
+
+
+def test_a_block_is_not_taken_before_its_copy_is_over() -> None:
+    pool = BlockPool(3)
+    blocks = filled(pool, 0, 2)
+    pool.hold(blocks)
+    pool.release(blocks)
+    assert (pool.used_blocks, pool.held_blocks, pool.free_blocks) == (2, 2, 1)
+    assert pool.take(2) == []
+    assert pool.find([key(0), key(1)]) == blocks
+    pool.share(blocks[:1])  # somebody else needs it meanwhile
+    assert (pool.used_blocks, pool.held_blocks) == (2, 1)
+    pool.unhold(blocks)
+    assert (pool.used_blocks, pool.held_blocks, pool.cached_blocks) == (1, 0, 1)
+    assert len(pool.take(2)) == 2
+    assert pool.find([key(0), key(1)]) == blocks[:1]
+
+
+def test_what_is_only_held_can_be_forgotten_but_not_taken() -> None:
+    pool = BlockPool(2)
+    blocks = filled(pool, 0, 2)
+    pool.hold(blocks)
+    pool.release(blocks)
+    assert pool.clear() == 2
+    assert pool.find([key(0)]) == []
+    assert pool.take(1) == []
+    with pytest.raises(InvariantError):
+        pool.share(blocks[:1])  # nobody can know what is in it
+    pool.unhold(blocks)
+    assert pool.cached_blocks == 0
+    assert len(pool.take(2)) == 2
 
 
 BLOCKS = 12
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Chains are taken, named, shared, released; a plain model knows what must be there."""
+    """Chains are taken, named, shared, held, released; a plain model knows what must be there."""
 
     @initialize()
     def start(self) -> None:
         self.pool = BlockPool(BLOCKS)
         self.tables: list[list[int]] = []
+        self.copies: list[list[int]] = []  # each holds its blocks
         self.content: dict[int, bytes] = {}  # block -> key it was given, while it was not taken
         self.named: set[bytes] = set()
         self.next_key = 0
@@ -134,7 +170,7 @@ class PoolMachine(RuleBasedStateMachine):
     def take(self, count: int, near: bool) -> None:
         free = self.pool.free_blocks
         after = self.tables[-1][-1] if near and self.tables else None
-        used = {block for table in self.tables for block in table}
+        used = {block for table in self.tables + self.copies for block in table}
         taken = self.pool.take(count, after=after)
         assert len(taken) == (count if count <= free else 0)
         assert len(set(taken)) == len(taken)
@@ -168,11 +204,28 @@ class PoolMachine(RuleBasedStateMachine):
             table = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
             self.pool.release(table)
 
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        if self.tables:
+            table = data.draw(st.sampled_from(self.tables))
+            held = table[data.draw(st.integers(0, len(table))) :]
+            self.pool.hold(held)
+            self.copies.append(held)
+
+    @rule(data=st.data())
+    def unhold(self, data: st.DataObject) -> None:
+        if self.copies:
+            copy = self.copies.pop(data.draw(st.integers(0, len(self.copies) - 1)))
+            self.pool.unhold(copy)
+
     @rule()
     def clear(self) -> None:
         free = self.pool.free_blocks
         self.pool.clear()
         assert self.pool.cached_blocks == 0
+        used = {block for table in self.tables for block in table}
+        for number in range(self.next_key + 1):
+            assert used.issuperset(self.pool.find([key(number)]))
         assert self.pool.free_blocks == free
 
     @invariant()
@@ -187,7 +240,9 @@ class PoolMachine(RuleBasedStateMachine):
             for block in self.pool.find([key(number)]):
                 # Never found under a key that its content was not given.
                 assert self.content[block] == key(number)
-        assert self.pool.free_blocks == BLOCKS - len(counts)
+        held = {block for copy in self.copies for block in copy}
+        assert self.pool.free_blocks == BLOCKS - len(counts.keys() | held)
+        assert self.pool.held_blocks == len(held - counts.keys())
 
 
 TestPoolMachine = PoolMachine.TestCase

@@ -58,6 +58,7 @@ class FakeEngine:
         self.limits: dict[tuple[int, int], int] = {}
         self.finished: dict[tuple[int, int], list[int]] = {}
         self.arrivals = 0
+        self.copies: list[tuple[list[int], list[tuple[tuple[int, ...], ...]]]] = []  # and content
 
     def add(self, prompt: Sequence[int], generate: int, width: int = 1) -> TokenSequence:
         self.arrivals += 1
@@ -88,8 +89,22 @@ class FakeEngine:
 
     def run(self) -> None:
         while self.scheduler.waiting or self.scheduler.running:
-            self.step()
+            if not self.step().pieces and self.copies:
+                self.end_copy(0)  # there is nothing else to do
             self.scheduler.check_invariants()
+        while self.copies:
+            self.end_copy(0)
+
+    def begin_copy(self, sequence: TokenSequence) -> None:
+        """Copy the full blocks of a running sequence somewhere, slowly."""
+        blocks = sequence.block_table[: sequence.computed_blocks]
+        self.pool.hold(blocks)
+        self.copies.append((blocks, [tuple(self.memory[block]) for block in blocks]))
+
+    def end_copy(self, number: int) -> None:
+        blocks, content = self.copies.pop(number)
+        assert [tuple(self.memory[block]) for block in blocks] == content
+        self.pool.unhold(blocks)
 
     def _check_context(self, sequence: TokenSequence, tokens: int) -> None:
         for position in range(tokens):
@@ -250,6 +265,21 @@ def test_what_loads_is_not_scheduled() -> None:
     assert len(engine.finished) == 2
 
 
+def test_nobody_is_preempted_for_blocks_that_will_be_free_without_it() -> None:
+    engine = FakeEngine(blocks=8, chunk_tokens=32)
+    old = engine.add([1] * 7, generate=16)
+    engine.add([2] * 3, generate=16)
+    gone = engine.add([0] * 8, generate=9)
+    engine.step()
+    engine.begin_copy(gone)
+    engine.scheduler.remove(gone)
+    while engine.step().pieces:
+        assert old.phase is Phase.RUNNING
+    assert engine.scheduler.preemptions == 0
+    engine.end_copy(0)
+    assert len(engine.step().pieces) == 2
+
+
 @pytest.mark.parametrize("phase", [Phase.WAITING, Phase.RUNNING])
 def test_an_aborted_sequence_leaves_nothing_behind(phase: Phase) -> None:
     engine = FakeEngine(blocks=8)
@@ -306,6 +336,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def clear(self) -> None:
         self.engine.pool.clear()
+
+    @precondition(lambda self: self.engine.scheduler.running)
+    @rule(data=st.data())
+    def begin_copy(self, data: st.DataObject) -> None:
+        self.engine.begin_copy(data.draw(st.sampled_from(self.engine.scheduler.running)))
+
+    @precondition(lambda self: self.engine.copies)
+    @rule(data=st.data())
+    def end_copy(self, data: st.DataObject) -> None:
+        self.engine.end_copy(data.draw(st.integers(0, len(self.engine.copies) - 1)))
 
     @invariant()
     def outputs_are_right(self) -> None:
