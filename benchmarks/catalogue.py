@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from benchmarks import (
+    connector_vllm,
     daemon,
     decode,
     engine_vs_transformers,
@@ -36,6 +37,7 @@ CATALOGUE: tuple[Benchmark, ...] = (
     *decode.BENCHMARKS,
     *engine_vs_transformers.BENCHMARKS,
     *engine_vs_vllm.BENCHMARKS,
+    *connector_vllm.BENCHMARKS,
 )
 
 

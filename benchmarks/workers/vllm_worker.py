@@ -13,14 +13,26 @@ from benchmarks.workers.lines import serve
 
 
 class VllmTurns:
-    """One model in vLLM, greedy, its prefix cache off so that every prompt is computed."""
+    """One model in vLLM, greedy, its prefix cache off so that every prompt is computed.
 
-    def __init__(self, folder: str, dtype: str, context_tokens: int) -> None:
+    With the url of a daemon, kvstore's connector is between them.
+    """
+
+    def __init__(self, folder: str, dtype: str, context_tokens: int, url: str = "") -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # as many as the others have
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         vllm: Any = import_module("vllm")
+        connector: dict[str, Any] = {}
+        if url:
+            connector["kv_transfer_config"] = import_module("vllm.config").KVTransferConfig(
+                kv_connector="KVStoreConnector",
+                kv_connector_module_path="kvstore.connectors.vllm",
+                kv_role="kv_both",
+                kv_load_failure_policy="recompute",
+                kv_connector_extra_config={"url": url},
+            )
         self._params: Any = vllm.SamplingParams
         self._model = vllm.LLM(
             model=folder,
@@ -30,6 +42,8 @@ class VllmTurns:
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
             distributed_executor_backend="uni",
+            disable_log_stats=False,
+            **connector,
         )
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
@@ -43,11 +57,20 @@ class VllmTurns:
             raise RuntimeError("vLLM stopped early")
         return seconds
 
+    def hits(self) -> int:
+        """Tokens that came from the connector so far."""
+        name = "vllm:external_prefix_cache_hits"
+        return sum(int(each.value) for each in self._model.get_metrics() if each.name == name)
+
 
 def build() -> dict[str, Any]:
-    folder, dtype, context_tokens = sys.argv[1:]
-    turns = VllmTurns(folder, dtype, int(context_tokens))
-    return {"generate": turns.generate, "threads": import_module("torch").get_num_threads}
+    folder, dtype, context_tokens, *url = sys.argv[1:]
+    turns = VllmTurns(folder, dtype, int(context_tokens), *url)
+    return {
+        "generate": turns.generate,
+        "hits": turns.hits,
+        "threads": import_module("torch").get_num_threads,
+    }
 
 
 if __name__ == "__main__":
