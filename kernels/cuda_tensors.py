@@ -47,7 +47,7 @@ def check(
         raise KernelError(f"{name} is on {tensor.device}, not on {device}")
     dense = tensor.dim() if dense is None else dense
     first = (0,) * (tensor.dim() - dense)
-    if not tensor[first].is_contiguous():
+    if tensor.numel() and not tensor[first].is_contiguous():
         raise KernelError(f"{name} with strides {list(tensor.stride())} does not lie densely")
 
 

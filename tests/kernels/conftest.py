@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.kernels.cuda_module import CudaRuntime, Runtime
 from tests.kernels.emulator import EmulatedRuntime
 
 
@@ -23,3 +24,11 @@ def compiled(pytestconfig: pytest.Config) -> Path:
 def emulated(request: pytest.FixtureRequest, compiled: Path) -> EmulatedRuntime:
     """A runtime for CPU tensors; tests run with each of three orders of threads and blocks."""
     return EmulatedRuntime(compiled, seed=request.param)
+
+
+@pytest.fixture(params=["order0", "order1", "order2", pytest.param("cuda", marks=pytest.mark.gpu)])
+def runtime(request: pytest.FixtureRequest) -> Runtime:
+    """As `emulated`, and the CUDA device: what holds here must hold there."""
+    if request.param == "cuda":
+        return CudaRuntime()
+    return EmulatedRuntime(request.getfixturevalue("compiled"), seed=int(request.param[-1]))
