@@ -18,8 +18,13 @@ struct Fp8 {  // e4m3, without infinities
 };
 using Int8 = signed char;
 
-constexpr float FP8_LARGEST = 448.0f;
-constexpr float INT8_LARGEST = 127.0f;
+// The largest number of a type that values are scaled to fit into.
+template <typename T>
+constexpr float LARGEST = 0;
+template <>
+constexpr float LARGEST<Fp8> = 448.0f;
+template <>
+constexpr float LARGEST<Int8> = 127.0f;
 
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(Int8 value) { return float(value); }
@@ -76,7 +81,7 @@ __device__ inline Fp8 from_float<Fp8>(float value) {
   unsigned coded;
   if (bits > 0x7f800000) {
     coded = 0x7f;
-  } else if (magnitude >= FP8_LARGEST) {
+  } else if (magnitude >= LARGEST<Fp8>) {
     coded = 0x7e;
   } else if (magnitude < 0x1p-6f) {  // subnormal: steps of 2^-9; the eighth is the first normal
     coded = unsigned(__float2int_rn(magnitude * 512.0f));
@@ -87,15 +92,52 @@ __device__ inline Fp8 from_float<Fp8>(float value) {
 }
 template <>
 __device__ inline Int8 from_float<Int8>(float value) {
-  return Int8(__float2int_rn(fminf(fmaxf(value, -INT8_LARGEST), INT8_LARGEST)));
+  return Int8(__float2int_rn(fminf(fmaxf(value, -LARGEST<Int8>), LARGEST<Int8>)));
 }
 
-// 16 bytes at once, the widest access that a thread has.
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int SIZE = 16 / sizeof(T);
-  T elements[SIZE];
+// What one instruction loads or stores: at most 16 bytes, aligned to their number.
+template <int BYTES>
+struct WordOf;
+template <>
+struct WordOf<16> {
+  using type = uint4;
 };
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned;
+};
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<1> {
+  using type = unsigned char;
+};
+
+// N neighbouring elements, in registers.
+template <typename T, int N>
+struct Vector {
+  using Word = typename WordOf<sizeof(T) * N>::type;
+  union {
+    Word word;
+    T elements[N];
+  };
+};
+template <int N, typename T>
+__device__ inline Vector<T, N> load_vector(const T* address) {
+  Vector<T, N> vector;
+  vector.word = *reinterpret_cast<const typename Vector<T, N>::Word*>(address);
+  return vector;
+}
+template <int N, typename T>
+__device__ inline void store_vector(T* address, const Vector<T, N>& vector) {
+  *reinterpret_cast<typename Vector<T, N>::Word*>(address) = vector.word;
+}
 
 // Asynchronous copies from global to shared memory, 16 bytes each (cp.async, sm_80). A thread
 // sees what it copied after wait; other threads after a barrier behind that.

@@ -32,3 +32,11 @@ def runtime(request: pytest.FixtureRequest) -> Runtime:
     if request.param == "cuda":
         return CudaRuntime()
     return EmulatedRuntime(request.getfixturevalue("compiled"), seed=int(request.param[-1]))
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def any_runtime(request: pytest.FixtureRequest) -> Runtime:
+    """As `runtime`, for kernels whose threads do not depend on one another: in one order."""
+    if request.param == "cuda":
+        return CudaRuntime()
+    return EmulatedRuntime(request.getfixturevalue("compiled"), seed=1)

@@ -1,0 +1,221 @@
+"""Copies by the kernel are bitwise those of the reference, and touch nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvstore.connectors.page_views import page_views
+from kvstore.kernels import block_copy_reference as reference
+from kvstore.kernels.block_copy_cuda import KernelCopies
+from kvstore.kernels.cuda_module import Runtime
+from kvstore.kernels.paged_tensors import PagedTensors, paged, runs_of
+from kvstore.layout import Shard
+from tests.connectors.pages import slow_block
+from tests.kernels.copying import Case, Memory, random_case
+
+CASES = range(96)
+
+
+def bits(tensors: list[Tensor]) -> bytes:
+    return b"".join(reference.raw(tensor.cpu()) for tensor in tensors)
+
+
+def copies(
+    case: Case, tensors: list[Tensor], runtime: Runtime, dtype: torch.dtype | None = None
+) -> tuple[KernelCopies, list[Tensor]]:
+    """Copies between the case's pages, which are brought to the runtime's device."""
+    there = [tensor.to(runtime.device_type) for tensor in tensors]
+    pages = page_views(case.layout, there)
+    return KernelCopies(pages, case.block_tokens, dtype=dtype, runtime=runtime, ctas=3), there
+
+
+@pytest.mark.parametrize("seed", CASES)
+def test_out_gives_the_canonical_bytes(seed: int, any_runtime: Runtime) -> None:
+    case = random_case(seed)
+    tensors = case.tensors()
+    copy, there = copies(case, tensors, any_runtime)
+    heads = case.heads
+    nbytes = copy.format.head_bytes * len(heads)
+    memory = Memory(any_runtime, on_device=seed % 2 == 0)
+    copy.copy_out(case.flat, [memory.buffer(bytes(nbytes)) for _ in case.runs], heads=heads)
+
+    pages, dtype = page_views(case.layout, tensors), tensors[0].dtype
+    expected = [
+        reference.block_of(pages, runs, case.block_tokens, dtype, heads) for runs in case.runs
+    ]
+    assert memory.contents() == expected
+    assert bits(there) == bits(tensors)
+
+
+@pytest.mark.parametrize("seed", CASES)
+def test_in_writes_the_wanted_tokens_layers_and_heads_alone(
+    seed: int, any_runtime: Runtime
+) -> None:
+    case = random_case(seed)
+    source, dtype = page_views(case.layout, case.tensors(1)), case.tensors()[0].dtype
+    blocks = [
+        reference.block_of(source, runs, case.block_tokens, dtype, case.heads) for runs in case.runs
+    ]
+    case.runs[0][0] = -1
+    tensors = case.tensors()
+    copy, there = copies(case, tensors, any_runtime)
+    memory = Memory(any_runtime, on_device=seed % 2 == 0)
+    buffers = [memory.buffer(block) for block in blocks]
+    copy.copy_in(case.flat, buffers, layers=case.layers, heads=case.heads)
+
+    pages = page_views(case.layout, tensors)
+    for runs, block in zip(case.runs, blocks, strict=True):
+        reference.fill(pages, runs, block, case.block_tokens, dtype, case.heads, case.layers)
+    assert memory.contents() == blocks
+    assert bits(there) == bits(tensors)
+
+
+@pytest.mark.parametrize("seed", CASES[::4])
+def test_the_reference_is_right(seed: int) -> None:
+    case = random_case(seed)
+    tensors = case.tensors()
+    pages, start = page_views(case.layout, tensors), case.layout.held.start
+    shard = Shard(start + case.heads.start, len(case.heads))
+    slots = case.sequence()
+    tokens = case.layout.block_tokens
+    for number, runs in enumerate(case.runs):
+        # A sequence whose page is, for every token in turn, the one that holds it.
+        block = b"".join(
+            slow_block(
+                case.layout,
+                tensors,
+                [slot // tokens],
+                range(slot % tokens, slot % tokens + 1),
+                shard,
+            )
+            for slot in slots[number * case.block_tokens : (number + 1) * case.block_tokens]
+        )
+        got = reference.block_of(pages, runs, case.block_tokens, tensors[0].dtype, case.heads)
+        # Token by token on the one side, head by head on the other.
+        width = tensors[0].itemsize * case.layout.head_dim
+        want = torch.frombuffer(bytearray(block), dtype=torch.uint8)
+        want = want.view(case.block_tokens, len(case.heads), case.layout.layers, 2, width)
+        assert got == reference.raw(want.permute(1, 2, 3, 0, 4))
+
+
+WIDE = (torch.float32, torch.bfloat16, torch.float16)
+NARROW = (torch.int8, torch.float8_e4m3fn)
+
+
+def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Of all magnitudes that KV has, and a piece that is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    kv = torch.randn(shape, generator=generator)
+    kv *= torch.exp(3 * torch.randn((*shape[:3], 1, 1), generator=generator))
+    kv[0, 0, 0] = 0
+    return kv.to(dtype)
+
+
+@pytest.mark.parametrize("head_dim", [3, 80, 128])
+@pytest.mark.parametrize("stored", [*WIDE, *NARROW], ids=str)
+@pytest.mark.parametrize("own", WIDE, ids=str)
+def test_conversion_out_and_in(
+    own: torch.dtype, stored: torch.dtype, head_dim: int, runtime: Runtime
+) -> None:
+    block_tokens, blocks, layers = 4, [3, 0, 5], range(1, 3)
+    kv = numbers((2, 3, 2, 6 * block_tokens, head_dim), own)
+    there = kv.to(runtime.device_type)
+    pages, everything = paged(kv, block_tokens), range(2)
+    copy = KernelCopies(paged(there, block_tokens), block_tokens, dtype=stored, runtime=runtime)
+    memory = Memory(runtime)
+    buffers = [memory.buffer(bytes(2 * copy.format.head_bytes)) for _ in blocks]
+    runs = runs_of(blocks, block_tokens)
+    copy.copy_out(runs, buffers)
+    expected = [reference.block_of(pages, [run], block_tokens, stored, everything) for run in runs]
+    assert memory.contents() == expected
+
+    targets = runs_of([1, 2, 4], block_tokens)
+    copy.copy_in(targets, buffers, layers=layers)
+    for run, block in zip(targets, expected, strict=True):
+        reference.fill(pages, [run], block, block_tokens, stored, everything, layers)
+    memory.settle()
+    assert bits([there]) == bits([kv])
+
+
+def one_piece(values: Tensor, block_tokens: int) -> PagedTensors:
+    """Pages of one block whose K and V both are these values."""
+    return paged(values.view(1, 1, 1, block_tokens, -1).repeat(1, 1, 2, 1, 1), block_tokens)
+
+
+def all_numbers(dtype: torch.dtype) -> Tensor:
+    """Every number of a type of 16 bits, and none that is not one."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    return torch.where(every.isfinite(), every, torch.zeros(()).to(dtype))
+
+
+@pytest.mark.parametrize("own", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_16_bits_becomes_what_torch_makes_of_it(
+    own: torch.dtype, stored: torch.dtype, any_runtime: Runtime
+) -> None:
+    pages = one_piece(all_numbers(own).to(any_runtime.device_type), 128)
+    copy = KernelCopies(pages, 128, dtype=stored, runtime=any_runtime)
+    memory = Memory(any_runtime)
+    copy.copy_out([0], [memory.buffer(bytes(copy.format.head_bytes))])
+    assert memory.contents() == [2 * reference.raw(all_numbers(own).to(stored))]
+
+
+@pytest.mark.parametrize("stored", NARROW, ids=str)
+def test_every_number_of_8_bits_is_read_as_torch_reads_it(
+    stored: torch.dtype, any_runtime: Runtime
+) -> None:
+    every = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(stored)
+    every = torch.where(every.float().isfinite(), every.view(torch.uint8), 0).view(stored)
+    pages = one_piece(torch.zeros(256).to(any_runtime.device_type), 16)
+    copy = KernelCopies(pages, 16, dtype=stored, runtime=any_runtime)
+    scales = reference.raw(torch.tensor([1.0, 0.5]))
+    memory = Memory(any_runtime)
+    copy.copy_in([0], [memory.buffer(2 * reference.raw(every) + scales)])
+    memory.settle()
+    keys, values = (view.cpu().flatten() for view in pages.views)
+    assert torch.equal(keys, every.float())
+    assert torch.equal(values, every.float() / 2)
+
+
+def test_numbers_between_two_of_fp8_are_rounded_as_torch_rounds_them(runtime: Runtime) -> None:
+    """With 448 in the piece the scale is one, so that each is rounded as it is."""
+    coded = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (coded[:-1] + coded[1:]) / 2
+    near = torch.cat([middles.nextafter(coded[:-1]), middles, middles.nextafter(coded[1:])])
+    values = torch.cat([coded, near, -near, torch.tensor([448.0, -448.0, 1e-30])])
+    values = torch.nn.functional.pad(values, (0, 1024 - values.numel()))
+    pages = one_piece(values.to(runtime.device_type), 16)
+    copy = KernelCopies(pages, 16, dtype=torch.float8_e4m3fn, runtime=runtime)
+    memory = Memory(runtime)
+    copy.copy_out([0], [memory.buffer(bytes(copy.format.head_bytes))])
+    (block,) = memory.contents()
+    assert block[:1024] == reference.raw(values.to(torch.float8_e4m3fn))
+    assert block[2048:] == reference.raw(torch.ones(2))
+
+
+@pytest.mark.parametrize("block_tokens", [16, 32, 64, 128, 256])
+def test_many_blocks_of_our_own_engine(block_tokens: int, any_runtime: Runtime) -> None:
+    """More than one launch takes, pages and blocks of one size, there and back."""
+    blocks, count = 300, 270
+    generator = torch.Generator().manual_seed(block_tokens)
+    kv = torch.randint(
+        -(1 << 15), 1 << 15, (1, 1, 2, blocks * block_tokens, 8), generator=generator
+    )
+    kv = kv.to(torch.int16).view(torch.bfloat16)
+    there = kv.to(any_runtime.device_type)
+    chosen = torch.randperm(blocks, generator=generator)[:count].tolist()
+    copy = KernelCopies(paged(there, block_tokens), block_tokens, runtime=any_runtime)
+    memory = Memory(any_runtime)
+    buffers = [memory.buffer(bytes(copy.format.head_bytes)) for _ in chosen]
+    copy.copy_out(runs_of(chosen, block_tokens), buffers)
+    pieces = kv.view(2, blocks, block_tokens * 8)
+    assert memory.contents() == [reference.raw(pieces[:, block]) for block in chosen]
+
+    there.zero_()
+    copy.copy_in(runs_of(chosen, block_tokens), buffers)
+    memory.settle()
+    expected = torch.zeros_like(pieces)
+    expected[:, chosen] = pieces[:, chosen]
+    assert bits([there]) == bits([expected])
