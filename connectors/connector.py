@@ -147,12 +147,15 @@ class Connector:
         stop = _length(tokens) if stop_token is None else stop_token
         chain, runs, plan = self._found(tokens, start_token, stop)
         miss = Miss.ABSENT if chain is not None else Miss.BREAKER
-        if stop_token is None and plan.blocks < sum(len(run.tiers) for run in runs):
-            runs, miss = leading(runs, plan.blocks), Miss.TOO_SLOW
+        if stop_token is None:  # nobody has promised the rest, but it was asked for
+            found = sum(len(run.tiers) for run in runs)
+            blocks = stop // size - start_token // size
+            self._accounts.missed(blocks - found, miss)
+            self._accounts.missed(found - plan.blocks, Miss.TOO_SLOW)
+            runs = leading(runs, plan.blocks)
         end = max(start_token, min(stop, runs[-1].stop * size)) if runs else start_token
         pages.check_table(table, start_token, end)
-        if stop_token is None:  # nobody has promised the rest, but it was asked for
-            self._accounts.missed(stop // size - end // size, miss)
+        if stop_token is None:
             stop = end
         if deadline_s is None:
             deadline_s = self._deadline_s if plan.deadline_s is None else plan.deadline_s

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from kvstore.connectors.convert import Pages
 from kvstore.connectors.page_layout import PageLayout
 from kvstore.connectors.transformers_model import check_arguments, namespace_of
 from kvstore.errors import InputError, LayoutError, RequestError
-from kvstore.identity import Namespace
+from kvstore.identity import Namespace, salt_digest
 from kvstore.verbs import Store
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,13 @@ class PrefixCache:
 
         `namespace`, of another engine with the very same weights and dtype, makes each find what
         the other has stored; that they are the same is then the caller's word. It must not be
-        given for a model that is changed afterwards.
+        given for a model that is changed afterwards. `block_tokens` is then the namespace's, and
+        so is its salt, where none is given here.
         """
+        if namespace is not None:
+            block_tokens = namespace.block_tokens
+            if salt:
+                namespace = replace(namespace, salt=salt_digest(salt))
         self._model = model
         self._store = store
         self._block_tokens = block_tokens

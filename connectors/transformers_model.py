@@ -22,6 +22,11 @@ KV_DTYPES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+# How attention is computed: all of these are the same function, but for rounding.
+ATTENTION = (
+    *("eager", "sdpa", "flex_attention"),
+    *("flash_attention_2", "flash_attention_3", "flash_attention_4"),
+)
 # Fields of a config on which KV does not depend.
 NO_MATTER = ("_name_or_path", "transformers_version", "use_cache", "_attn_implementation")
 
@@ -124,8 +129,28 @@ def _check_kind(model: Any) -> None:
         source = type(module).__module__
         if not source.startswith((own, "torch.nn.modules.", "transformers.activations")):
             raise ModelError(f"{name or 'the model'} is a {source}.{type(module).__name__}")
+        if _is_changed(module):
+            raise ModelError(f"{name or 'the model'} has a hook, or another forward")
     if model.training:
         raise ModelError("the model is in training mode: call model.eval()")
+    attention = model.config._attn_implementation
+    if attention not in ATTENTION:
+        raise ModelError(f"attention is {attention!r}, none of {', '.join(ATTENTION)}")
+    if torch.is_autocast_enabled(model.device.type):
+        raise ModelError("under autocast, KV is not of the model's dtype")
+
+
+def _is_changed(module: Any) -> bool:
+    """Whether something was put around this module's `forward` from outside.
+
+    What transformers itself hooks on only looks, and compiled code computes the same.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if not all(getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
+        return True
+    forward = vars(module).get("forward")
+    compiled = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return forward is not None and getattr(compiled, "__func__", None) is not type(module).forward
 
 
 def _canonical(fields: Mapping[str, Any]) -> str:

@@ -199,10 +199,13 @@ def test_weights_that_change_never_hit(ram_store: BlockStore) -> None:
     assert last_usage(cache) == Usage(ram_tokens=96, recomputed_tokens=4)
 
 
-def test_salts_are_apart(ram_store: BlockStore) -> None:
+@pytest.mark.parametrize("block_tokens", [None, 16, 32])
+def test_salts_are_apart(ram_store: BlockStore, block_tokens: int | None) -> None:
+    """Also where a namespace is given, whose block size then is the one."""
     model = tiny()
+    given = None if block_tokens is None else namespace_of(model, block_tokens=block_tokens)
     for salt in ("", "a", "b"):
-        cache = PrefixCache(model, ram_store, salt=salt)
+        cache = PrefixCache(model, ram_store, salt=salt, namespace=given)
         cached(cache, prompt(100))
         assert last_usage(cache) == Usage(recomputed_tokens=100)
 
@@ -224,6 +227,34 @@ def adapted() -> Any:
     return model
 
 
+def hooked() -> Any:
+    """As steering vectors are put in."""
+    model = tiny()
+    model.model.layers[0].register_forward_hook(lambda module, given, output: output * 3.0)
+    return model
+
+
+def hooked_before() -> Any:
+    model = tiny()
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+        lambda module, given: (given[0] * 3.0,)
+    )
+    return model
+
+
+def patched() -> Any:
+    model = tiny()
+    norm = model.model.norm
+    model.model.norm.forward = lambda hidden: type(norm).forward(norm, hidden) * 3.0
+    return model
+
+
+def another_attention() -> Any:
+    model = tiny()
+    model.config._attn_implementation = "mine"
+    return model
+
+
 REFUSED_MODELS: dict[str, Callable[[], Any]] = {
     "sliding window": lambda: tiny("mistral", sliding_window=64),
     "hybrid": lambda: tiny(
@@ -236,6 +267,10 @@ REFUSED_MODELS: dict[str, Callable[[], Any]] = {
         rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     ),
     "mixed dtypes": lambda: mixed(),
+    "hook": hooked,
+    "hook before": hooked_before,
+    "patched forward": patched,
+    "another attention": another_attention,
 }
 
 
@@ -251,7 +286,22 @@ def test_models_that_are_not_known_are_refused(name: str) -> None:
         namespace_of(REFUSED_MODELS[name](), block_tokens=16)
 
 
-@pytest.mark.parametrize("name", ["sliding window", "hybrid", "MLA", "adapter"])
+def test_under_autocast_kv_is_of_another_dtype() -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ModelError):
+        namespace_of(tiny(), block_tokens=16)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+def test_what_only_looks_and_what_is_compiled_is_the_same_model() -> None:
+    model = tiny()
+    plain = namespace_of(model, block_tokens=16)
+    model(prompt(10), output_hidden_states=True, output_attentions=True)  # leaves hooks behind
+    assert any(module._forward_hooks for module in model.modules())
+    model.forward = torch.compile(model.forward)
+    assert namespace_of(model, block_tokens=16) == plain
+
+
+@pytest.mark.parametrize("name", ["sliding window", "hybrid", "MLA", "adapter", "hook"])
 def test_refused_models_generate_by_themselves(
     name: str, ram_store: BlockStore, caplog: pytest.LogCaptureFixture
 ) -> None:
