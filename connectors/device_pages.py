@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvstore.connectors.convert import Pages, shaped_bits
 from kvstore.connectors.page_layout import PageLayout
+from kvstore.connectors.page_views import page_views
 from kvstore.errors import LayoutError
 from kvstore.layout import Shard
 
@@ -45,6 +46,7 @@ class DevicePages(Pages):
             raise LayoutError(f"pages on {devices}; all must be on one device")
         (self._device,) = devices
         self._axis = layout.order.index("B")
+        self._parts = page_views(layout, tensors).views
 
     def copy_out(
         self, table: Sequence[int], first: int, views: Sequence[memoryview], block_tokens: int
@@ -68,13 +70,38 @@ class DevicePages(Pages):
         used = self._used(table, begin, max(begin, end))
         if not used:
             return
-        # Read first: of a page, the tokens and heads that are not wanted must stay what they are.
+        # Read first: what is wanted of a page may be less than the blocks that it lies in.
         here, staged, copies = self._fetched(used)
         staged.copy_in(here, first, views, block_tokens, shard, wanted)
-        pages = torch.tensor(list(used.values()), device=self._device)
-        for view, copy in zip(self._views, copies, strict=True):
-            view.index_copy_(self._axis, pages, copy.to(self._device))
+        held, size = self.layout.held, self.layout.block_tokens
+        all_heads = shard.start <= held.start and held.stop <= shard.stop
+        whole = [
+            place
+            for place in used
+            if all_heads and begin <= place * size and (place + 1) * size <= end
+        ]
+        self._write_whole(used, whole, copies)
+        # Of other pages no more than what is wanted: the engine may be writing the rest.
+        heads = slice(max(0, shard.start - held.start), max(0, shard.stop - held.start))
+        own = page_views(staged.layout, [_raw(copy) for copy in copies])
+        for number, (place, page) in enumerate(used.items()):
+            if place not in whole:
+                tokens = slice(max(0, begin - place * size), end - place * size)
+                for target, source in zip(self._parts, own.views, strict=True):
+                    target[page, heads, tokens].copy_(source[number, heads, tokens])
         self._settle()
+
+    def _write_whole(
+        self, used: dict[int, int], places: Sequence[int], copies: Sequence[Tensor]
+    ) -> None:
+        first = min(used)
+        pages = torch.tensor(
+            [used[place] for place in places], dtype=torch.int64, device=self._device
+        )
+        numbers = torch.tensor([place - first for place in places], dtype=torch.int64)
+        for view, copy in zip(self._views, copies, strict=True):
+            chosen = copy.index_select(self._axis, numbers)
+            view.index_copy_(self._axis, pages, chosen.to(self._device))
 
     def _fetched(self, used: dict[int, int]) -> tuple[list[int], Pages, list[Tensor]]:
         """Copies of pages: a block table of them, and they themselves, in this process's memory."""
@@ -84,10 +111,14 @@ class DevicePages(Pages):
         layout = dataclasses.replace(self.layout, blocks=len(used), strides=None)
         # Places of the sequence before the first one used are asked for by nobody.
         here = [0] * min(used) + list(range(len(used)))
-        raw = [copy.view(_RAW[copy.itemsize]) for copy in copies]
-        return here, Pages(layout, raw), copies
+        return here, Pages(layout, [_raw(copy) for copy in copies]), copies
 
     def _settle(self) -> None:
         """Wait until the device has done all that it was told."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def _raw(bits: Tensor) -> Tensor:
+    """The same bits as what a layout takes for any dtype of their size."""
+    return bits.view(_RAW[bits.itemsize])

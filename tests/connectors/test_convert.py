@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,6 +137,31 @@ def test_copy_in_writes_the_wanted_tokens_and_heads_alone(
                 assert got == slow_block(layout, before, table, range(token, token + 1), one)
     if not len(wanted):
         assert all_bytes(tensors) == all_bytes(before)
+
+
+class BusyPages(DevicePages):
+    """While pages are on their way through this process, the engine writes tokens 4 and 27."""
+
+    tensor: torch.Tensor
+
+    def _fetched(self, used: dict[int, int]) -> Any:
+        fetched = super()._fetched(used)
+        self.tensor[0, 4] = self.tensor[1, 11] = 7
+        return fetched
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_what_the_engine_writes_meanwhile_stays(transposed: bool) -> None:
+    layout = PageLayout("BHND", 3, 16, 1, 1, 2, "float32", keys_transposed=transposed)
+    keys, values = (torch.zeros(3, 16, 2) for _ in range(2))
+    pages = BusyPages(layout, [keys, values])
+    pages.tensor = values
+    views = [memoryview(np.ones(64, np.float32).tobytes()) for _ in range(2)]
+    pages.copy_in([0, 1], 0, views, 16, layout.held, range(5, 27))
+    expected = torch.zeros(32, 2)
+    expected[5:27] = 1
+    expected[[4, 27]] = 7
+    assert torch.equal(values[:2].flatten(0, 1), expected)
 
 
 @pytest.mark.parametrize("order", KNOWN_ORDERS)
