@@ -7,8 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+def to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
+    """A tensor of `values`, which are not to be changed any more. Does not wait for the device."""
+    host = torch.from_numpy(values)
+    if device.type != "cuda":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +68,7 @@ class Batch:
         *,
         block_tokens: int,
         logits_rows: Sequence[int] | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device = CPU,
     ) -> Batch:
         """Lay `tokens[i]`, the query tokens of `spans[i]`, end to end.
 
@@ -77,7 +89,7 @@ class Batch:
             raise ValueError(f"logits of rows {list(logits_rows)}: not ascending, or not there")
 
         def tensor(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
+            return to_device(np.array(values, dtype=np.int64), device)
 
         return cls(
             tokens=tensor(list(chain.from_iterable(tokens))),
@@ -88,6 +100,23 @@ class Batch:
             logits_spans=tuple(_span_of(row, spans, ends) for row in logits_rows),
             block_tokens=block_tokens,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """One token of each of B sequences, as a device sees it: tensors that stay where they are.
+
+    `tokens`, `positions` and `slots` are int64 [B]; `block_tables` int32 [B, max_blocks], and
+    `context_lens` int32 [B] counts the token itself. Rows that pad the batch come last: slot
+    -1, and 0 tokens of context.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    block_tables: Tensor
+    context_lens: Tensor
+    block_tokens: int
 
 
 def _span_of(row: int, spans: Sequence[SequenceSpan], ends: Sequence[int]) -> SequenceSpan:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, rms_norm
 
-from kvstore.engine.batch import Batch, SequenceSpan
+from kvstore.engine.attention import Attention, HostAttention, Write
+from kvstore.engine.batch import Batch, DecodeRows
 from kvstore.engine.checkpoint import Checkpoint, Progress
 from kvstore.engine.config import ModelConfig
 from kvstore.engine.linear import MIN_ROWS, Linear
 from kvstore.engine.rotary import Rotary, rotate
-from kvstore.kernels.paged_attention import PagedAttention, Workspace
 from kvstore.tiers.hbm_copies import Gates
 
 
@@ -54,7 +54,7 @@ class Decoder:
         self._norm = norm
         self._head = head
         self._rotary = Rotary(config.rope, self.device)
-        self._workspace = Workspace(self.device)
+        self.attention: Attention = HostAttention(config, self.device)
 
     @classmethod
     def load(
@@ -74,24 +74,30 @@ class Decoder:
         return cls(config, layers, embedding, norm, Linear(head))
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv: Tensor, gates: Sequence[Gates] = ()) -> Tensor:
+    def forward(
+        self,
+        batch: Batch,
+        kv: Tensor,
+        gates: Sequence[Gates] = (),
+        attention: Attention | None = None,
+    ) -> Tensor:
         """Compute the batch's rows, write their K and V to `kv`, return the wanted logits.
 
-        Blocks that are still being copied to `kv` are read layer by layer, each after its
-        event in each of `gates`.
-
         `kv` is [kv_heads, layers, 2, slots, head_dim] of the decoder's dtype and device;
-        the caller owns it, and everything in it is finite. Logits are float32
-        [len(batch.logits_rows), vocab_size].
+        the caller owns it, and everything in it is finite. Blocks that are still being copied
+        to it are read layer by layer, each after its event in each of `gates`. Logits are
+        float32 [len(batch.logits_rows), vocab_size]. `attention` is the decoder's own if not
+        given.
         """
-        attend = self._attention(batch, batch.spans, kv)
+        attention = attention or self.attention
+        write = attention.writer(batch.slots, kv)
+        attend = attention.of_spans(batch.spans, kv, batch.block_tokens)
         hidden = self._embedding[_padded(batch.tokens)]
         cos, sin = self._rotary.at(
             _padded(batch.positions), max(span.total_tokens for span in batch.spans)
         )
         for number, layer in enumerate(self._layers):
-            x = self._norm_rows(hidden, layer.input_norm)
-            query = self._store_kv(layer, x, cos, sin, batch.slots, kv[:, number])
+            query = self._store_kv(layer, hidden, cos, sin, write, number)
             for gate in gates:
                 gate[number].precede_compute()
             if layer is self._layers[-1] and len(batch.logits_rows) < len(batch.tokens):
@@ -100,37 +106,47 @@ class Decoder:
                     break
                 rows = _padded(batch.logits_rows)
                 query, hidden = query[rows], hidden[rows]
-                attend = self._attention(batch, batch.logits_spans, kv)
-            attended = attend(query, number).to(self.dtype)
-            hidden = layer.output.plus(attended, hidden)
-            x = self._norm_rows(hidden, layer.post_norm)
-            hidden = layer.down.plus(layer.up.times(x, layer.gate.silu(x)), hidden)
+                attend = attention.of_spans(batch.logits_spans, kv, batch.block_tokens)
+            hidden = self._mix(layer, attend(query, number), hidden)
         return self._logits(hidden, len(batch.logits_rows))
 
-    def _attention(self, batch: Batch, spans: Sequence[SequenceSpan], kv: Tensor) -> PagedAttention:
-        return PagedAttention(
-            spans,
-            kv,
-            heads=self.config.heads,
-            block_tokens=batch.block_tokens,
-            workspace=self._workspace,
-        )
+    @torch.inference_mode()
+    def decode(self, rows: DecodeRows, kv: Tensor, attention: Attention | None = None) -> Tensor:
+        """As `forward` for one token of each sequence; the logits of every row, in their order.
+
+        Reads no tensor on the host and allocates by shapes alone, as far as `attention` does:
+        a CUDA graph of it holds for whatever is in `rows` later.
+        """
+        attention = attention or self.attention
+        write = attention.writer(rows.slots, kv)
+        attend = attention.of_tables(rows.block_tables, rows.context_lens, kv, rows.block_tokens)
+        hidden = self._embedding[rows.tokens]
+        cos, sin = self._rotary.at(rows.positions, self.config.context_tokens)
+        for number, layer in enumerate(self._layers):
+            query = self._store_kv(layer, hidden, cos, sin, write, number)
+            hidden = self._mix(layer, attend(query, number), hidden)
+        return self._logits(hidden, len(hidden))
 
     def _store_kv(
-        self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, kv: Tensor
+        self, layer: _Layer, hidden: Tensor, cos: Tensor, sin: Tensor, write: Write, number: int
     ) -> Tensor:
-        """Write K and V of the rows of x to `kv`, one layer's; return Q, float32 [rows, -1]."""
+        """Write K and V of the rows of hidden; return Q, float32 [rows, -1]."""
         c = self.config
-        qkv = layer.qkv(x)
-        rotated = qkv[:, : c.query_size + c.kv_size].float().view(x.shape[0], -1, c.head_dim)
+        qkv = layer.qkv(self._norm_rows(hidden, layer.input_norm))
+        rotated = qkv[:, : c.query_size + c.kv_size].float().view(len(hidden), -1, c.head_dim)
         if layer.head_norm is not None:
             rotated = rms_norm(rotated, (c.head_dim,), None, c.norm_eps) * layer.head_norm
         rotated = rotate(rotated, cos, sin).flatten(1)
         # K goes back to its place beside V, so that one call stores both.
         qkv[:, c.query_size : -c.kv_size] = rotated[:, c.query_size :]
-        pairs = qkv[: len(slots), c.query_size :].view(len(slots), 2, c.kv_heads, c.head_dim)
-        kv.index_copy_(2, slots, pairs.permute(2, 1, 0, 3))
+        write(qkv[:, c.query_size :].view(len(hidden), 2, c.kv_heads, c.head_dim), number)
         return rotated[:, : c.query_size]
+
+    def _mix(self, layer: _Layer, attended: Tensor, hidden: Tensor) -> Tensor:
+        """What follows attention in a layer."""
+        hidden = layer.output.plus(attended.to(self.dtype), hidden)
+        x = self._norm_rows(hidden, layer.post_norm)
+        return layer.down.plus(layer.up.times(x, layer.gate.silu(x)), hidden)
 
     def _logits(self, hidden: Tensor, count: int) -> Tensor:
         """Of the first `count` rows."""
