@@ -28,6 +28,13 @@ OPTIONS = ("--std=c++17", "--generate-line-info")
 SHARED_BYTES = 48 * 1024
 
 
+class Rows(NamedTuple):
+    """Memory of which one row begins every `pitch_bytes`."""
+
+    address: int
+    pitch_bytes: int
+
+
 class Runtime(Protocol):
     """Where kernels run. There is the CUDA one here and, in the tests, one on the CPU."""
 
@@ -50,6 +57,10 @@ class Runtime(Protocol):
         `args` have the kernel's own types, pointers as numpy.uint64 (`address`). Raises
         KernelError where it cannot be compiled or loaded.
         """
+        ...
+
+    def copy_rows(self, target: Rows, source: Rows, width_bytes: int, rows: int) -> None:
+        """Start a copy of `rows` rows of `width_bytes`, between whatever memory it reaches."""
         ...
 
 
@@ -102,6 +113,15 @@ class CudaRuntime:
             if shared_bytes > SHARED_BYTES > function.max_dynamic_shared_size_bytes:
                 function.max_dynamic_shared_size_bytes = shared_bytes
             function(grid, block, tuple(args), shared_mem=shared_bytes, stream=stream)
+
+    def copy_rows(self, target: Rows, source: Rows, width_bytes: int, rows: int) -> None:
+        from cupy.cuda import runtime
+
+        with torch.cuda.device(self._index):
+            stream = torch.cuda.current_stream(self._index).cuda_stream
+            # The driver sees from the addresses which memory is whose.
+            kind = runtime.memcpyDefault
+            runtime.memcpy2DAsync(*target, *source, width_bytes, rows, kind, stream)
 
     def _load(self, source: str, kernel: str) -> Any:
         import cupy
@@ -169,7 +189,7 @@ def _nvrtc_version() -> tuple[int, int]:
         ) from error
     try:
         version: tuple[int, int] = nvrtc.getVersion()
-    except Exception as error:  # CuPy says in many ways that the library cannot be found
+    except (ImportError, OSError, RuntimeError) as error:  # according to who looked for it
         raise KernelError(
             "CUDA kernels are compiled by NVRTC: pip install nvidia-cuda-nvrtc "
             f"of your CUDA version ({error})"

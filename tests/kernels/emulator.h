@@ -2,7 +2,8 @@
 //
 // What it is strict about, because a GPU is not: barriers that not all threads reach, at the same
 // line; shuffles from lanes that take no part; misaligned vector accesses and array indices out of
-// bounds (the compiler's own checks report here); writes beyond dynamic shared memory. Shared
+// bounds (the compiler's own checks report here); writes beyond dynamic shared memory; addresses
+// where there is no memory. Shared
 // memory is garbage when a block starts. The seed of a launch chooses the order of blocks and of
 // threads between two barriers, and whether an asynchronous copy is made at once or as late as
 // its wait allows: a missing barrier or wait gives wrong numbers for one of them.
@@ -13,12 +14,14 @@
 #pragma once
 
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <numeric>
@@ -255,6 +258,35 @@ inline bool run_block(const std::vector<Fiber*>& fibers, const std::vector<int>&
 // Fibers are kept from launch to launch, because making one costs a system call.
 inline thread_local std::vector<Fiber*> pool;
 
+// An access to memory that is not there ends the thread that made it. On a stack of its own,
+// since that of the fiber may be what has run out; leaving by a jump, so the signal must not be
+// blocked while it is handled.
+class CatchBadAddresses {
+ public:
+  CatchBadAddresses() {
+    stack_t stack = {memory_, 0, sizeof memory_};
+    sigaltstack(&stack, &old_stack_);
+    struct sigaction action = {};
+    action.sa_sigaction = [](int, siginfo_t* info, void*) {
+      if (self == nullptr) abort();
+      fault("no memory at address %p", info->si_addr);
+      self->state = State::faulted;
+      _longjmp(scheduler, 1);
+    };
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaction(SIGSEGV, &action, &old_);
+  }
+  ~CatchBadAddresses() {
+    sigaction(SIGSEGV, &old_, nullptr);
+    sigaltstack(&old_stack_, nullptr);
+  }
+
+ private:
+  char memory_[64 * 1024];
+  stack_t old_stack_;
+  struct sigaction old_;
+};
+
 // Every block of the grid, one after another. Stops at a block that faults.
 inline void run_grid(const Launch& what, std::function<void()> kernel) {
   int threads = what.block.x * what.block.y * what.block.z;
@@ -270,6 +302,7 @@ inline void run_grid(const Launch& what, std::function<void()> kernel) {
   std::vector<Fiber*> fibers(pool.begin(), pool.begin() + threads);
   launch = &what;
   body = &kernel;
+  CatchBadAddresses caught;
   auto turns = order(threads, what.seed);
   for (int block : order(blocks, what.seed)) {
     block_index = {block % what.grid.x, block / what.grid.x % what.grid.y,

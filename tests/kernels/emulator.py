@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import mmap
 import os
 import subprocess
 import tempfile
@@ -17,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from kvstore.kernels.cuda_module import Rows
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "kernels" / "csrc"
@@ -67,6 +72,26 @@ class EmulatedRuntime:
         if fault:
             raise EmulatorError(f"{kernel}: {fault.decode()}")
 
+    def copy_rows(self, target: Rows, source: Rows, width_bytes: int, rows: int) -> None:
+        if not 0 < width_bytes <= min(target.pitch_bytes, source.pitch_bytes):
+            raise EmulatorError(f"rows of {width_bytes} bytes, {target} from {source}")
+        for row in range(rows):
+            ends = (end.address + row * end.pitch_bytes for end in (target, source))
+            ctypes.memmove(*ends, width_bytes)
+
+
+def fenced(tensor: Tensor) -> Tensor:
+    """A copy that ends where memory ends: what reads or writes beyond it is a fault."""
+    page = mmap.PAGESIZE
+    nbytes = tensor.numel() * tensor.itemsize
+    inside = -(-nbytes // page) * page
+    memory = mmap.mmap(-1, inside + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + inside), page, 0):
+        raise OSError("mprotect")
+    flat = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=inside - nbytes)
+    return flat.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
 
 @cache
 def _entry(folder: Path, source: Path, kernel: str) -> Any:
@@ -80,8 +105,8 @@ def _entry(folder: Path, source: Path, kernel: str) -> Any:
 def _compiled(folder: Path, source: Path, kernel: str) -> Path:
     """The shared object of one kernel, compiled unless it is there."""
     program = f"""
-        #include "{HERE / "emulator_cuda.h"}"
-        #include "{source}"
+        #include "emulator_cuda.h"
+        #include "{source.name}"
         extern "C" __attribute__((visibility("default"))) const char* start(
             const unsigned* shape, void** arguments, const size_t* sizes, size_t count) {{
           return emulator::start({kernel}, shape, arguments, sizes, count);
@@ -97,7 +122,8 @@ def _compiled(folder: Path, source: Path, kernel: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         (Path(scratch) / "kernel.cpp").write_text(program)
-        _run(scratch, "g++", *FLAGS, "-c", "kernel.cpp", "-o", "kernel.o")
+        where = (f"-I{HERE}", f"-I{source.parent}")
+        _run(scratch, "g++", *FLAGS, *where, "-c", "kernel.cpp", "-o", "kernel.o")
         # Linked without the sanitizers' library: its handlers are ours.
         _run(scratch, "g++", "-shared", "-Wl,-z,defs", "kernel.o", "-o", "kernel.so")
         os.replace(Path(scratch) / "kernel.so", target)
