@@ -52,6 +52,10 @@ class HbmTier:
         for source, target in copies:
             self._block(target).copy_(self._block(source))
 
+    def close(self) -> None:
+        """Let go of the tensor. Copies must be over."""
+        del self.kv, self.copies
+
     def _block(self, block: int) -> Tensor:
         tokens = self.layout.block_tokens
         return self.kv[:, :, :, block * tokens : (block + 1) * tokens]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from kvstore.engine.checkpoint import Progress
+from kvstore.engine.forward import Forward
 from kvstore.engine.loading import LoadedModel, load
 from kvstore.engine.loop import Loop
 from kvstore.engine.naming import namespace_of, torch_dtype
@@ -58,7 +59,7 @@ class Engine:
         )
         hbm = HbmTier(self.namespace.layout, _capacity(hbm_bytes), model.decoder.device)
         self._loop = Loop(
-            model.decoder,
+            Forward(model.decoder, hbm),
             hbm,
             store,
             max_batch=max_batch,

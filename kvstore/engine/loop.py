@@ -9,8 +9,7 @@ from itertools import islice
 
 from torch import Tensor
 
-from kvstore.engine.batch import Batch, SequenceSpan
-from kvstore.engine.model import Decoder
+from kvstore.engine.forward import Forward
 from kvstore.engine.offload import Offload
 from kvstore.engine.output import Delta, EngineStats
 from kvstore.engine.request import Request
@@ -27,11 +26,11 @@ LOOKAHEAD_SEQUENCES = 8
 
 
 class Loop:
-    """Runs requests over one decoder and one HBM tier. Belongs to one thread."""
+    """Runs requests over one HBM tier, with what computes there. Belongs to one thread."""
 
     def __init__(
         self,
-        decoder: Decoder,
+        forward: Forward,
         hbm: HbmTier,
         store: Store | None,
         *,
@@ -40,7 +39,7 @@ class Loop:
     ) -> None:
         self.hbm = hbm
         self.requests: dict[int, Request] = {}  # not finished, by id
-        self._decoder = decoder
+        self._forward = forward
         self._prefill_cost = LinearCost()
         self._scheduler = Scheduler(
             hbm.pool, max_batch=max_batch, chunk_tokens=chunk_tokens, demote=self._demote
@@ -83,9 +82,10 @@ class Loop:
                 self._offload.wait()
             return []
         self.hbm.duplicate(step.copies)
-        finishing = [piece.sequence for piece in step.pieces if _finishes(piece)]
+        finishing = [piece.sequence for piece in step.pieces if piece.finishes]
+        gates = [] if self._offload is None else self._offload.take_gates()
         began_s = time.monotonic()
-        tokens = iter(self._draw(finishing, self._forward(step.pieces)))
+        tokens = iter(self._draw(finishing, self._forward(step.pieces, gates)))
         self._observe(step.pieces, time.monotonic() - began_s)
         for piece in step.pieces:
             self._scheduler.advance(piece)
@@ -125,7 +125,8 @@ class Loop:
             self.abort(request_id)
         if self._offload is not None:
             self._offload.close()
-        del self._decoder, self.hbm.kv
+        del self._forward
+        self.hbm.close()
 
     def _admit(self) -> None:
         scheduler, offload = self._scheduler, self._offload
@@ -135,26 +136,6 @@ class Loop:
         if offload is not None:
             offload.poll(others_run=any(s.phase is Phase.RUNNING for s in scheduler.running))
             offload.prefetch(islice(scheduler.waiting, LOOKAHEAD_SEQUENCES))
-
-    def _forward(self, pieces: Sequence[Piece]) -> Tensor:
-        """Logits [finishing pieces, vocab] of the tokens that come next."""
-        spans, tokens, rows, end = [], [], [], 0
-        for piece in pieces:
-            sequence, start = piece.sequence, piece.sequence.computed_tokens
-            spans.append(SequenceSpan(piece.tokens, start, sequence.block_table))
-            tokens.append(sequence.tokens[start : start + piece.tokens])
-            end += piece.tokens
-            if _finishes(piece):
-                rows.append(end - 1)
-        batch = Batch.build(
-            spans,
-            tokens,
-            block_tokens=self.hbm.layout.block_tokens,
-            logits_rows=rows,
-            device=self.hbm.kv.device,
-        )
-        gates = [] if self._offload is None else self._offload.take_gates()
-        return self._decoder.forward(batch, self.hbm.kv, gates)
 
     def _draw(self, sequences: Sequence[TokenSequence], logits: Tensor) -> list[int]:
         """The next token of each sequence, and of each sibling that it is about to have."""
@@ -201,8 +182,3 @@ class Loop:
             piece.tokens * (piece.sequence.computed_tokens + piece.tokens / 2) for piece in pieces
         )
         self._prefill_cost.observe(tokens, positions, elapsed_s)
-
-
-def _finishes(piece: Piece) -> bool:
-    """Whether the next token of the sequence can be drawn once the piece is computed."""
-    return piece.tokens == piece.sequence.pending_tokens

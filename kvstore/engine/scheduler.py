@@ -23,6 +23,16 @@ class Piece(NamedTuple):
     sequence: TokenSequence
     tokens: int
 
+    @property
+    def finishes(self) -> bool:
+        """Whether the next token of the sequence can be drawn once the piece is computed."""
+        return self.tokens == self.sequence.pending_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is the one token that is missing."""
+        return self.tokens == 1 and self.finishes
+
 
 class Step(NamedTuple):
     """What to do next: copy whole blocks `(source, target)`, then compute the pieces."""

@@ -1,0 +1,156 @@
+"""The decoder on CUDA's attention, whose kernels run in the emulator where there is no device."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvstore.engine.attention_cuda import CudaAttention
+from kvstore.engine.batch import Batch, SequenceSpan
+from kvstore.engine.decode_steps import Capture, DecodeSteps, GraphCapture, as_it_is
+from kvstore.engine.engine import Engine
+from kvstore.engine.forward import Forward
+from kvstore.engine.loading import LoadedModel, load
+from kvstore.engine.sampling import SamplingParams
+from kvstore.kernels import reference
+from kvstore.kernels.cuda_module import CudaRuntime, Runtime
+from kvstore.store import BlockStore
+from kvstore.tiers.ram import RamTier
+from tests.engine.tiny import tiny_model
+from tests.kernels.emulator import EmulatedRuntime
+
+BLOCK_TOKENS = 16
+PROMPTS = [[i * 7 % 256 for i in range(50)], [200, 3, 17], [i * 31 % 256 for i in range(71)]]
+ANSWER = SamplingParams(max_tokens=20, ignore_eos=True)
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def runtime(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Runtime:
+    if request.param == "cuda":
+        return CudaRuntime()
+    if shutil.which("g++") is None:
+        pytest.skip("kernels are emulated with g++, which is not there")
+    assert pytestconfig.cache is not None
+    return EmulatedRuntime(Path(pytestconfig.cache.mkdir("emulator")))
+
+
+@pytest.fixture
+def model(tmp_path: Path, runtime: Runtime) -> LoadedModel:
+    """Two layers of heads that the kernels know, in bfloat16."""
+    path = tiny_model(tmp_path / "wide", head_dim=64, num_attention_heads=4)
+    return load(path, torch.bfloat16, torch.device(runtime.device_type))
+
+
+@contextmanager
+def engine_of(
+    model: LoadedModel,
+    runtime: Runtime,
+    store: BlockStore | None = None,
+    *,
+    steps: bool = True,
+    blocks: int = 64,
+) -> Iterator[Engine]:
+    """An engine whose decoder attends with the kernels, in steps of fixed sizes or not."""
+    nbytes = blocks * 2 * 2 * 2 * BLOCK_TOKENS * 64 * 2
+    with Engine(
+        model,
+        store=store,
+        hbm_bytes=nbytes,
+        block_tokens=BLOCK_TOKENS,
+        max_batch=4,
+        prefill_chunk_tokens=32,
+    ) as engine:
+        hbm, decoder = engine._loop.hbm, model.decoder
+        attention = CudaAttention(model.config, decoder.device, 4, runtime)
+        capture: Capture = as_it_is
+        if decoder.device.type == "cuda":
+            capture = GraphCapture(decoder.device)
+        made = DecodeSteps(
+            decoder, hbm.kv, attention, capture, max_batch=4, block_tokens=BLOCK_TOKENS
+        )
+        engine._loop._forward = Forward(decoder, hbm, attention, made if steps else None)
+        yield engine
+        engine.check_invariants()
+
+
+def answers(engine: Engine) -> list[Sequence[int]]:
+    return [output.token_ids for output in engine.generate(PROMPTS, ANSWER)]
+
+
+def test_rows_of_every_kind_attend_to_what_they_should(
+    model: LoadedModel, runtime: Runtime
+) -> None:
+    """Decoded tokens and chunks, from blocks in a run and from blocks all over the place."""
+    device, generator = model.decoder.device, torch.Generator().manual_seed(1)
+    kv = torch.randn((2, 2, 2, 20 * BLOCK_TOKENS, 64), generator=generator).bfloat16().to(device)
+    spans = [
+        SequenceSpan(1, 40, [3, 9, 1]),
+        SequenceSpan(20, 30, [5, 2, 12, 8]),
+        SequenceSpan(1, 0, [15]),
+        SequenceSpan(17, 15, [16, 17]),
+        SequenceSpan(9, 0, [0]),
+    ]
+    rows = sum(span.query_tokens for span in spans)
+    query = torch.randn((rows + 3, 4 * 64), generator=generator).to(device)
+    attention = CudaAttention(model.config, device, 4, runtime)
+    attend = attention.of_spans(spans, kv, BLOCK_TOKENS)
+    for layer in range(2):
+        out = attend(query, layer)
+        right = reference.paged_attention(
+            query[:rows].view(rows, 4, 64).cpu(), kv.cpu(), layer, spans, BLOCK_TOKENS
+        )
+        error = (out[:rows].view(rows, 4, 64).cpu() - right).norm() / right.norm()
+        assert error < 4e-3  # chunks come back in bfloat16
+        assert not out[rows:].any()
+
+
+def test_steps_and_batches_give_the_same_tokens(model: LoadedModel, runtime: Runtime) -> None:
+    with engine_of(model, runtime, steps=False) as engine:
+        right = answers(engine)
+    with engine_of(model, runtime) as engine:
+        assert answers(engine) == right
+
+
+def test_the_kernels_give_the_logits_of_plain_attention(
+    model: LoadedModel, runtime: Runtime
+) -> None:
+    """A prompt in two chunks, then tokens one by one; the KV is written by both, too."""
+    decoder, c = model.decoder, model.config
+    attention = CudaAttention(c, decoder.device, 4, runtime)
+    shape = (c.kv_heads, c.layers, 2, 8 * BLOCK_TOKENS, c.head_dim)
+    plain = torch.zeros(shape, dtype=torch.bfloat16, device=decoder.device)
+    paged = plain.clone()
+    tokens, table, done = [i * 7 % 256 for i in range(60)], [4, 1, 2, 6], 0
+    for count in (30, 25, 1, 1, 1):
+        span = SequenceSpan(count, done, table)
+        batch = Batch.build(
+            [span],
+            [tokens[done : done + count]],
+            block_tokens=BLOCK_TOKENS,
+            device=decoder.device,
+        )
+        right = decoder.forward(batch, plain)
+        got = decoder.forward(batch, paged, attention=attention)
+        assert (got - right).norm() < 0.02 * right.norm()
+        done += count
+    assert (paged.float() - plain.float()).norm() < 0.02 * plain.float().norm()
+    assert not paged[:, :, :, :BLOCK_TOKENS].any()
+
+
+@pytest.mark.parametrize("blocks", [8, 64])
+def test_offload_changes_no_token(model: LoadedModel, runtime: Runtime, blocks: int) -> None:
+    with engine_of(model, runtime) as engine:
+        right = answers(engine)
+    with (
+        BlockStore(RamTier(4 << 20)) as store,
+        engine_of(model, runtime, store, blocks=blocks) as engine,
+    ):
+        for _ in range(2):
+            assert answers(engine) == right
+            engine.clear_hbm()
+        assert engine.stats().counters["loaded_blocks"] > 0
