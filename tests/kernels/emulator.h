@@ -3,26 +3,17 @@
 // What it is strict about, because a GPU is not: barriers that not all threads reach, at the same
 // line; shuffles from lanes that take no part; misaligned vector accesses and array indices out of
 // bounds (the compiler's own checks report here); writes beyond dynamic shared memory; addresses
-// where there is no memory. Shared
-// memory is garbage when a block starts. The seed of a launch chooses the order of blocks and of
-// threads between two barriers, and whether an asynchronous copy is made at once or as late as
-// its wait allows: a missing barrier or wait gives wrong numbers for one of them.
+// where there is no memory. Shared memory is garbage when a block starts. The seed of a launch
+// chooses the order of blocks and of threads between two barriers, and whether an asynchronous
+// copy is made at once or as late as its wait allows: a missing barrier or wait gives wrong numbers
+// for one of them.
 //
 // What it does not emulate: time, caches, memory order between blocks that run at once, textures,
-// tensor cores, clusters, inline PTX. Fibers switch by setjmp; ucontext only makes their stacks.
+// clusters, inline PTX.
 
 #pragma once
 
-#include <setjmp.h>
-#include <signal.h>
-#include <sys/mman.h>
-#include <ucontext.h>
-
 #include <algorithm>
-#include <cstdarg>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <numeric>
 #include <random>
@@ -30,125 +21,10 @@
 #include <utility>
 #include <vector>
 
-struct uint3 {
-  unsigned x, y, z;
-};
-struct dim3 : uint3 {
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : uint3{x, y, z} {}
-};
-
-constexpr size_t SHARED_LIMIT = 227 * 1024;  // of a block, on compute capability 9.0
-constexpr size_t SHARED_GUARD = 4096;
-// `extern __shared__ ... unsigned char dynamic_shared[]` in a kernel is this.
-thread_local __attribute__((aligned(1024))) unsigned char
-    dynamic_shared[SHARED_LIMIT + SHARED_GUARD];
+#include "emulator_fiber.h"
+#include "emulator_memory.h"
 
 namespace emulator {
-
-constexpr int WARP = 32;
-constexpr size_t STACK_BYTES = 128 * 1024;
-constexpr int MAX_THREADS = 1024;
-constexpr unsigned char GARBAGE = 0xff;  // NaN in every float format
-
-enum class State { ready, at_barrier, in_warp, done, faulted };
-enum class WarpCall { sync, shuffle, ballot };
-
-struct AsyncCopy {
-  void* target;
-  const void* source;
-  size_t bytes, zeros;
-};
-
-struct Fiber {
-  jmp_buf context;
-  ucontext_t first;
-  bool started = false;
-  State state = State::done;
-  uint3 thread;
-  int number;  // within the block
-  // What a waiting fiber waits for.
-  int line;
-  WarpCall call;
-  unsigned mask;
-  int source;
-  alignas(16) unsigned char value[16];
-  unsigned ballot;
-  // Asynchronous copies: groups committed, oldest first, and the one that is still open.
-  std::vector<std::vector<AsyncCopy>> groups;
-  std::vector<AsyncCopy> open;
-};
-
-struct Launch {
-  uint3 grid, block;
-  unsigned shared_bytes, seed;
-};
-
-inline thread_local Fiber* self = nullptr;
-inline thread_local uint3 block_index;
-inline thread_local const Launch* launch = nullptr;
-inline thread_local jmp_buf scheduler;
-inline thread_local std::function<void()>* body = nullptr;
-inline thread_local char fault_text[512];
-
-// The first fault of a launch is kept.
-inline void fault(const char* format, ...) {
-  if (fault_text[0]) return;
-  va_list arguments;
-  va_start(arguments, format);
-  int length = vsnprintf(fault_text, sizeof fault_text, format, arguments);
-  va_end(arguments);
-  if (self && length > 0 && length < int(sizeof fault_text)) {
-    snprintf(fault_text + length, sizeof fault_text - length,
-             " (block %u,%u,%u thread %u,%u,%u)", block_index.x, block_index.y, block_index.z,
-             self->thread.x, self->thread.y, self->thread.z);
-  }
-}
-
-__attribute__((noinline)) inline void to_scheduler() {
-  if (_setjmp(self->context) == 0) _longjmp(scheduler, 1);
-}
-
-// The thread goes no further, and its block with it.
-inline void end_with_fault() {
-  self->state = State::faulted;
-  to_scheduler();
-}
-
-// A fiber runs one thread after another, of one block after another.
-inline void live() {
-  for (;;) {
-    (*body)();
-    self->groups.push_back(std::move(self->open));
-    for (auto& group : self->groups) {
-      if (!group.empty()) fault("the thread returned before its asynchronous copies were made");
-    }
-    self->groups.clear();
-    self->open.clear();
-    self->state = State::done;
-    to_scheduler();
-  }
-}
-
-inline Fiber* new_fiber() {
-  Fiber* fiber = new Fiber;
-  void* stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  getcontext(&fiber->first);
-  fiber->first.uc_stack.ss_sp = stack;
-  fiber->first.uc_stack.ss_size = STACK_BYTES;
-  makecontext(&fiber->first, live, 0);
-  return fiber;
-}
-
-__attribute__((noinline)) inline void run(Fiber* fiber) {
-  self = fiber;
-  if (_setjmp(scheduler) == 0) {
-    if (fiber->started) _longjmp(fiber->context, 1);
-    fiber->started = true;
-    setcontext(&fiber->first);
-  }
-  self = nullptr;
-}
 
 inline void wait_at_barrier(int line) {
   self->line = line;
@@ -256,36 +132,7 @@ inline bool run_block(const std::vector<Fiber*>& fibers, const std::vector<int>&
 }
 
 // Fibers are kept from launch to launch, because making one costs a system call.
-inline thread_local std::vector<Fiber*> pool;
-
-// An access to memory that is not there ends the thread that made it. On a stack of its own,
-// since that of the fiber may be what has run out; leaving by a jump, so the signal must not be
-// blocked while it is handled.
-class CatchBadAddresses {
- public:
-  CatchBadAddresses() {
-    stack_t stack = {memory_, 0, sizeof memory_};
-    sigaltstack(&stack, &old_stack_);
-    struct sigaction action = {};
-    action.sa_sigaction = [](int, siginfo_t* info, void*) {
-      if (self == nullptr) abort();
-      fault("no memory at address %p", info->si_addr);
-      self->state = State::faulted;
-      _longjmp(scheduler, 1);
-    };
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    sigaction(SIGSEGV, &action, &old_);
-  }
-  ~CatchBadAddresses() {
-    sigaction(SIGSEGV, &old_, nullptr);
-    sigaltstack(&old_stack_, nullptr);
-  }
-
- private:
-  char memory_[64 * 1024];
-  stack_t old_stack_;
-  struct sigaction old_;
-};
+inline std::vector<Fiber*> pool;
 
 // Every block of the grid, one after another. Stops at a block that faults.
 inline void run_grid(const Launch& what, std::function<void()> kernel) {
@@ -304,10 +151,11 @@ inline void run_grid(const Launch& what, std::function<void()> kernel) {
   body = &kernel;
   CatchBadAddresses caught;
   auto turns = order(threads, what.seed);
+  auto shared = shared_memory();
   for (int block : order(blocks, what.seed)) {
     block_index = {block % what.grid.x, block / what.grid.x % what.grid.y,
                    block / (what.grid.x * what.grid.y)};
-    memset(dynamic_shared, GARBAGE, what.shared_bytes + SHARED_GUARD);
+    spoil(shared, what.shared_bytes);
     for (int number = 0; number < threads; ++number) {
       fibers[number]->state = State::ready;
       fibers[number]->number = number;
@@ -351,19 +199,3 @@ const char* start(void (*kernel)(Parameters...), const unsigned* shape, void** a
 }
 
 }  // namespace emulator
-
-// The compiler's checks call these. The data that they are given begins with the place.
-struct UbsanPlace {
-  const char* file;
-  unsigned line, column;
-};
-extern "C" inline __attribute__((used)) void __ubsan_handle_type_mismatch_v1(UbsanPlace* place,
-                                                                             size_t pointer) {
-  emulator::fault("%s:%u: misaligned or null address 0x%zx", place->file, place->line, pointer);
-  emulator::end_with_fault();
-}
-extern "C" inline __attribute__((used)) void __ubsan_handle_out_of_bounds(UbsanPlace* place,
-                                                                          size_t index) {
-  emulator::fault("%s:%u: index %zd is out of bounds", place->file, place->line, ssize_t(index));
-  emulator::end_with_fault();
-}

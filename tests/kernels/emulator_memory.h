@@ -1,0 +1,107 @@
+// Memory of a launch: what is a block's, and what is nobody's.
+
+#pragma once
+
+#include <link.h>
+#include <signal.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "emulator_fiber.h"
+
+constexpr size_t SHARED_LIMIT = 227 * 1024;  // of a block, on compute capability 9.0
+constexpr size_t SHARED_GUARD = 4096;
+// `extern __shared__ ... unsigned char dynamic_shared[]` in a kernel is this. Nothing here but
+// shared memory is `thread_local`: see SharedMemory.
+thread_local __attribute__((aligned(1024))) unsigned char
+    dynamic_shared[SHARED_LIMIT + SHARED_GUARD];
+
+namespace emulator {
+
+struct SharedMemory {
+  unsigned char* start;
+  size_t bytes;
+};
+
+// Where this library's variables that are `thread_local` lie for the calling thread.
+inline SharedMemory shared_memory() {
+  dynamic_shared[0] = GARBAGE;  // they are allocated when the first one is used
+  SharedMemory found = {nullptr, 0};
+  auto look = [](dl_phdr_info* library, size_t, void* found) {
+    bool ours = false;
+    size_t bytes = 0;
+    for (int i = 0; i < library->dlpi_phnum; ++i) {
+      const auto& segment = library->dlpi_phdr[i];
+      size_t offset = reinterpret_cast<size_t>(&self) - library->dlpi_addr - segment.p_vaddr;
+      ours |= segment.p_type == PT_LOAD && offset < segment.p_memsz;
+      if (segment.p_type == PT_TLS) bytes = segment.p_memsz;
+    }
+    if (ours) {
+      auto start = static_cast<unsigned char*>(library->dlpi_tls_data);
+      *static_cast<SharedMemory*>(found) = {start, bytes};
+    }
+    return int(ours);
+  };
+  dl_iterate_phdr(look, &found);
+  return found;
+}
+
+// No block finds what another left.
+inline void spoil(SharedMemory shared, size_t dynamic_bytes) {
+  memset(dynamic_shared, GARBAGE, dynamic_bytes + SHARED_GUARD);
+  size_t before = dynamic_shared - shared.start, behind = before + sizeof dynamic_shared;
+  if (shared.start == nullptr || behind > shared.bytes) {
+    return fault("shared memory is not where it should be");
+  }
+  memset(shared.start, GARBAGE, before);
+  memset(shared.start + behind, GARBAGE, shared.bytes - behind);
+}
+
+// An access to memory that is not there ends the thread that made it. On a stack of its own,
+// since that of the fiber may be what has run out; leaving by a jump, so the signal must not be
+// blocked while it is handled.
+class CatchBadAddresses {
+ public:
+  CatchBadAddresses() {
+    stack_t stack = {memory_, 0, sizeof memory_};
+    sigaltstack(&stack, &old_stack_);
+    struct sigaction action = {};
+    action.sa_sigaction = [](int, siginfo_t* info, void*) {
+      if (self == nullptr) abort();
+      fault("no memory at address %p", info->si_addr);
+      self->state = State::faulted;
+      _longjmp(scheduler, 1);
+    };
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaction(SIGSEGV, &action, &old_);
+  }
+  ~CatchBadAddresses() {
+    sigaction(SIGSEGV, &old_, nullptr);
+    sigaltstack(&old_stack_, nullptr);
+  }
+
+ private:
+  char memory_[64 * 1024];
+  stack_t old_stack_;
+  struct sigaction old_;
+};
+
+}  // namespace emulator
+
+// The compiler's checks call these. The data that they are given begins with the place.
+struct UbsanPlace {
+  const char* file;
+  unsigned line, column;
+};
+extern "C" inline __attribute__((used)) void __ubsan_handle_type_mismatch_v1(UbsanPlace* place,
+                                                                             size_t pointer) {
+  emulator::fault("%s:%u: misaligned or null address 0x%zx", place->file, place->line, pointer);
+  emulator::end_with_fault();
+}
+extern "C" inline __attribute__((used)) void __ubsan_handle_out_of_bounds(UbsanPlace* place,
+                                                                          size_t index) {
+  emulator::fault("%s:%u: index %zd is out of bounds", place->file, place->line, ssize_t(index));
+  emulator::end_with_fault();
+}
