@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 # Of these the weights are the ones in the model's files; "dummy" ones for example are not.
 _LOAD_FORMATS = ("auto", "safetensors", "gguf")
+# Its arguments by which the same files give other KV.
+_CHANGING = (
+    *("quantization", "quantization_param_path", "kv_cache_dtype", "modelopt_quant"),
+    *("quantize_and_serve", "rl_quant_profile", "torchao_config", "decrypted_config_file"),
+)
 
 
 def pool_namespace(
@@ -101,11 +106,7 @@ def _changes(arguments: Any | None) -> str:
         return ""
     if arguments.load_format not in _LOAD_FORMATS:
         raise ModelError(f"weights of load format {arguments.load_format!r} cannot be told apart")
-    overrides = json.loads(arguments.json_model_override_args or "{}")
-    changes = {
-        "quantization": arguments.quantization,
-        "kv_cache_dtype": arguments.kv_cache_dtype,
-        "overrides": overrides,
-    }
+    changes = {name: getattr(arguments, name, None) for name in _CHANGING}
+    changes["overrides"] = json.loads(arguments.json_model_override_args or "{}")
     said = {name: value for name, value in changes.items() if value and value != "auto"}
     return " " + json.dumps(said, sort_keys=True, default=repr) if said else ""

@@ -13,16 +13,19 @@ AssertionError with a sentence when something is wrong. No test framework is nee
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 import kvstore
+from kvstore.errors import ClosedError
 from kvstore.hashing import Chain, TokenChain
 from kvstore.identity import Namespace
 from kvstore.layout import DTYPE_BYTES, Shard
@@ -68,6 +71,11 @@ def tokens_of(count: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(3, 100), k=count)
 
 
+def others_of(tokens: Sequence[int]) -> list[int]:
+    """As many token ids, none of which `tokens_of` ever gives."""
+    return [token + 100 for token in tokens]
+
+
 def kv_of(namespace: Namespace, tokens: Sequence[int]) -> KV:
     """What belongs to the tokens: random finite numbers that differ with all tokens before."""
     heads, layers, pair, _, head_dim = namespace.layout.shape
@@ -108,7 +116,7 @@ class _Bench:
 
     def __init__(self, make: MakeEngine) -> None:
         self._make = make
-        self.store = kvstore.open(ram_bytes="64 MiB")
+        self.store = kvstore.open(ram_bytes="64 MiB", store_verify="always")
         self._engines: list[EngineUnderTest] = []
 
     def engine(self) -> EngineUnderTest:
@@ -122,7 +130,12 @@ class _Bench:
     def __exit__(self, *error: object) -> None:
         for engine in self._engines:
             engine.close()
+        pinned = 0
+        with suppress(ClosedError):  # where the check has closed it
+            pinned = self.store.stats().ram["pinned_blocks"]
         self.store.close()
+        if error[0] is None:
+            assert not pinned, f"{pinned} blocks are pinned by leases that nobody has released"
 
 
 def _check_got(engine: EngineUnderTest, tokens: Sequence[int], at_least: int, what: str) -> None:
@@ -163,13 +176,13 @@ def check_prefixes(make: MakeEngine) -> None:
         stored = tokens_of(4 * size)
         writer.put(stored, kv_of(writer.namespace, stored))
         for common in (0, 1, size, 2 * size + 1, 4 * size):
-            other = stored[:common] + [token + 1 for token in tokens_of(3 * size, 1)]
+            other = stored[:common] + others_of(tokens_of(3 * size, 1))
             what = f"{common} tokens in common"
             _check_got(bench.engine(), other, common // size * size, what)
             loaded = bench.engine().get(other).shape[3]
             assert loaded <= common, f"{what}: {loaded} tokens were loaded"
         _check_nothing(bench.engine(), stored[1:], "the same tokens, one place to the left")
-        another = [token + 1 for token in stored[:size]] + stored[size:]
+        another = others_of(stored[:size]) + stored[size:]
         _check_nothing(bench.engine(), another, "another first block, and the same ones after it")
 
 
@@ -195,7 +208,8 @@ def check_writes_canonical_blocks(make: MakeEngine) -> None:
         chain = TokenChain(engine.namespace, tokens).chain()
         with bench.store.acquire(chain) as lease:
             lease.wait()
-            assert len(lease) == 3, f"{len(lease)} of 3 blocks are under the namespace's keys"
+            count = f"{len(lease)} of {len(chain)} blocks"
+            assert len(lease) == len(chain), f"{count} are under the namespace's keys"
             for i, view in enumerate(lease.views):
                 expected = block_bytes_of(engine.namespace, kv)[i]
                 assert bytes(view) == expected, f"block {i} is not in canonical layout"
@@ -249,6 +263,25 @@ def check_gaps(make: MakeEngine) -> None:
         assert loaded == 2 * size, f"{loaded} tokens were loaded across a gap at {2 * size}"
 
 
+def check_damaged_blocks(make: MakeEngine) -> None:
+    """A block whose bytes are not those that were stored ends the prefix before it."""
+    with _Bench(make) as bench:
+        writer = bench.engine()
+        size = writer.namespace.block_tokens
+        tokens = tokens_of(4 * size + 1)
+        writer.put(tokens, kv_of(writer.namespace, tokens))
+        with bench.store.acquire(TokenChain(writer.namespace, tokens).chain(2, 3)) as lease:
+            lease.wait()
+            (view,) = lease.views
+            address = np.frombuffer(view, np.uint8).ctypes.data
+            ctypes.memset(address, 1, view.nbytes)  # views are read-only, which is the point
+        engine = bench.engine()
+        for _ in range(2):
+            _check_got(engine, tokens, 2 * size, "the third block is damaged")
+            loaded = engine.get(tokens).shape[3]
+            assert loaded == 2 * size, f"{loaded} tokens were loaded, the third block is damaged"
+
+
 def check_full_store(make: MakeEngine) -> None:
     """A store with room for one more block: nothing raises, and what it has is right."""
     with _Bench(make) as bench:
@@ -291,6 +324,7 @@ CHECKS: dict[str, Callable[[MakeEngine], None]] = {
         check_reads_canonical_blocks,
         check_reads_shards,
         check_gaps,
+        check_damaged_blocks,
         check_full_store,
         check_store_that_ends,
     )

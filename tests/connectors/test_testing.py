@@ -19,7 +19,7 @@ from kvstore.connectors.transformers_model import namespace_of
 from kvstore.hashing import TokenChain
 from kvstore.identity import Namespace
 from kvstore.testing import CHECKS, KV, EngineUnderTest, MakeEngine
-from kvstore.verbs import Store
+from kvstore.verbs import Lease, Store
 from tests.connectors.models import tiny
 
 NAMESPACE = Namespace("tiny", "weights", "tokenizer", "bfloat16", 2, 4, 8, 16, "rope")
@@ -157,6 +157,24 @@ class InsistsOnRoom(Right):
             reservation.commit()
 
 
+class BelievesTheProbe(Right):
+    """Says that all is loaded of which the store has said that it is there."""
+
+    def get(self, tokens: Sequence[int]) -> KV:
+        found = self.connector.lookup(tokens).tokens
+        self.connector.load(tokens, range(20), self.pages).wait()
+        return self.read(found)
+
+
+class LeaksLeases(Right):
+    kept: list[Lease]
+
+    def get(self, tokens: Sequence[int]) -> KV:
+        chain = TokenChain(self.namespace, tokens).chain()
+        self.__dict__.setdefault("kept", []).append(self.store.acquire(chain))
+        return super().get(tokens)
+
+
 BROKEN: dict[type[Right], str] = {
     SwapsHalves: "writes_canonical_blocks",
     LosesSigns: "round_trip",
@@ -167,6 +185,7 @@ BROKEN: dict[type[Right], str] = {
     WantsAnyOrder: "gaps",
     ForgetsTheParent: "prefixes",
     KnowsNoShards: "reads_shards",
+    BelievesTheProbe: "damaged_blocks",
     InsistsOnRoom: "full_store",
 }
 
@@ -206,10 +225,23 @@ def test_ours_pass(name: str, make: MakeEngine) -> None:
     CHECKS[name](make)
 
 
+@pytest.mark.parametrize("name", CHECKS)
+def test_blocks_of_one_token_pass_too(name: str) -> None:
+    class Small(Right):
+        namespace = stored_as = dataclasses.replace(NAMESPACE, block_tokens=1)
+
+    CHECKS[name](Small)
+
+
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_one_is_seen(broken: type[Right]) -> None:
     with pytest.raises((AssertionError, IndexError)):
         CHECKS[BROKEN[broken]](broken)
+
+
+def test_leaked_leases_are_seen() -> None:
+    with pytest.raises(AssertionError, match="pinned"):
+        CHECKS["round_trip"](LeaksLeases)
 
 
 def test_a_store_that_ends_is_checked() -> None:
