@@ -23,7 +23,8 @@ _LOAD_FORMATS = ("auto", "safetensors", "gguf")
 # Its arguments by which the same files give other KV.
 _CHANGING = (
     *("quantization", "quantization_param_path", "kv_cache_dtype", "modelopt_quant"),
-    *("quantize_and_serve", "rl_quant_profile", "torchao_config", "decrypted_config_file"),
+    *("quantize_and_serve", "rl_quant_profile", "decrypted_config_file", "model_config_parser"),
+    *("model_impl", "model_loader_extra_config"),
 )
 
 
@@ -108,5 +109,5 @@ def _changes(arguments: Any | None) -> str:
         raise ModelError(f"weights of load format {arguments.load_format!r} cannot be told apart")
     changes = {name: getattr(arguments, name, None) for name in _CHANGING}
     changes["overrides"] = json.loads(arguments.json_model_override_args or "{}")
-    said = {name: value for name, value in changes.items() if value and value != "auto"}
+    said = {name: value for name, value in changes.items() if value and value not in ("auto", "{}")}
     return " " + json.dumps(said, sort_keys=True, default=repr) if said else ""

@@ -71,7 +71,7 @@ def test_the_servers_model_is_the_identity(server: Worker, daemon: Daemon, model
         {"json_model_override_args": '{"rope_theta": 20000}'},
         {"quantization": "fp8"},
         {"kv_cache_dtype": "bf16"},
-        {"torchao_config": "int8wo"},
+        {"model_impl": "transformers"},
     ],
 )
 def test_arguments_on_which_kv_depends_are_in_the_identity(
