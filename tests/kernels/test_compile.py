@@ -1,0 +1,155 @@
+"""Every kernel that a launcher can ask for compiles, for all devices that we support."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvstore.errors import KernelError
+from kvstore.kernels import cuda_module, paged_attention_cuda, write_kv_cuda
+from kvstore.kernels.block_copy_cuda import KernelCopies
+from kvstore.kernels.cuda_module import Rows, cubin
+from kvstore.kernels.paged_tensors import PagedTensors, paged
+
+ARCHS = ("sm_80", "sm_90")
+WIDE = (torch.float32, torch.bfloat16, torch.float16)
+NARROW = (torch.int8, torch.float8_e4m3fn)
+
+
+class CompilingRuntime:
+    """Compiles what is to be launched, and leaves it at that."""
+
+    device_type = "cpu"
+
+    def __init__(self, arch: str, folder: Path) -> None:
+        self.arch = arch
+        self.folder = folder
+        self.asked: set[tuple[str, str]] = set()
+
+    def launch(
+        self,
+        source: str,
+        kernel: str,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: Sequence[np.generic],
+        shared_bytes: int = 0,
+    ) -> None:
+        path, symbol = cubin(source, kernel, self.arch, self.folder)
+        code = path.read_bytes()
+        assert code.startswith(b"\x7fELF")
+        assert symbol.encode() in code
+        self.asked.add((source, kernel.partition("<")[0]))
+
+    def copy_rows(self, target: Rows, source: Rows, width_bytes: int, rows: int) -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture(params=ARCHS)
+def compiling(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> CompilingRuntime:
+    assert pytestconfig.cache is not None
+    return CompilingRuntime(request.param, Path(pytestconfig.cache.mkdir("cubins")))
+
+
+def compile_copies(runtime: CompilingRuntime) -> None:
+    """Of all conversions, and of rows whose length allows each width of access."""
+    conversions = [(own, own) for own in (*WIDE, *NARROW)]
+    conversions += [(own, stored) for own in WIDE for stored in (*WIDE, *NARROW) if own != stored]
+    for (own, stored), head_dim in product(conversions, (1, 2, 4, 8, 16)):
+        pages = paged(torch.zeros(1, 1, 2, 16, head_dim).to(own), 16)
+        copies = KernelCopies(pages, 16, dtype=stored, runtime=runtime)
+        buffer = torch.zeros(copies.format.head_bytes, dtype=torch.uint8)
+        copies.copy_out([0], [buffer])
+        copies.copy_in([0], [buffer])
+
+
+def compile_attention(runtime: CompilingRuntime) -> None:
+    module = paged_attention_cuda
+    for kind, query_kind, head_dim in product(
+        module.KV_DTYPES, module.QUERY_DTYPES, module.HEAD_DIMS
+    ):
+        kv = torch.zeros(1, 1, 2, 16, head_dim).to(kind)
+        query = torch.zeros(1, 1, head_dim, dtype=query_kind)
+        one = torch.ones(1, dtype=torch.int32)
+        module.decode(
+            query, kv, 0, one[:, None], one, 16, torch.empty_like(query),
+            module.DecodeWorkspace(1, 1, head_dim, "cpu"),
+            torch.ones(1, 1, 2) if kind in NARROW else None, runtime,
+        )  # fmt: skip
+
+
+def compile_writes(runtime: CompilingRuntime) -> None:
+    module = write_kv_cuda
+    for kind, new, head_dim in product(module.KV_DTYPES, module.DTYPES, module.HEAD_DIMS):
+        kv = torch.zeros(1, 1, 2, 16, head_dim).to(kind)
+        key = torch.zeros(1, 1, head_dim, dtype=new)
+        scales = torch.ones(1, 1, 2) if kind in NARROW else None
+        slots = torch.zeros(1, dtype=torch.int64)
+        module.write_kv(key, key, kv, 0, slots, None, scales, runtime)
+
+
+def test_every_kernel_compiles(compiling: CompilingRuntime) -> None:
+    compile_copies(compiling)
+    compile_attention(compiling)
+    compile_writes(compiling)
+    there = {
+        (path.name, name)
+        for path in cuda_module.SOURCES.glob("*.cu")
+        for name in re.findall(r"__global__ [^;{]*?(\w+)\(const", path.read_text())
+    }
+    assert len(there) >= 6
+    assert compiling.asked == there
+
+
+def test_a_kernel_is_compiled_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    monkeypatch.setattr(cuda_module, "SOURCES", sources)
+    header, source = sources / "small.cuh", sources / "small.cu"
+    header.write_text("constexpr int N = 1;")
+    source.write_text(
+        '#include "small.cuh"\ntemplate <int I> __global__ void f(int* x) { *x = I + N; }'
+    )
+
+    first, symbol = cubin("small.cu", "f<3>", "sm_90", tmp_path / "cache")
+    assert symbol == "_Z1fILi3EEvPi"
+    first.write_bytes(b"found again")
+    assert cubin("small.cu", "f<3>", "sm_90", tmp_path / "cache") == (first, symbol)
+    assert cubin("small.cu", "f<4>", "sm_90", tmp_path / "cache")[0] != first
+    assert cubin("small.cu", "f<3>", "sm_80", tmp_path / "cache")[0] != first
+    header.write_text("constexpr int N = 2;")
+    assert cubin("small.cu", "f<3>", "sm_90", tmp_path / "cache")[0] != first
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".cubin", ".symbol"}
+
+
+def test_what_does_not_compile_is_said_with_the_compiler_s_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_module, "SOURCES", tmp_path)
+    (tmp_path / "wrong.cu").write_text("__global__ void f(int* x) { *y = 1; }")
+    with pytest.raises(KernelError, match=r'wrong.cu.*sm_90(.|\n)*identifier "y" is undefined'):
+        cubin("wrong.cu", "f", "sm_90", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_without_cupy_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    with pytest.raises(KernelError, match=r"pip install 'kvstore\[cuda13\]'"):
+        cubin("block_copy.cu", "copy_pages<unsigned, 4, true>", "sm_90", tmp_path)
+
+
+def test_tensors_elsewhere_than_on_a_cuda_device_are_refused() -> None:
+    pages: PagedTensors = paged(torch.zeros(1, 1, 2, 16, 8), 16)
+    with pytest.raises(KernelError, match="not on cpu"):
+        KernelCopies(pages, 16)
