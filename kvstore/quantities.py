@@ -68,6 +68,11 @@ def _parse(value: object, units: Mapping[str, float]) -> float:
     return (float(number) if "." in number else int(number)) * factor
 
 
+def counted(number: int, noun: str) -> str:
+    """As people write it: "0 blocks", "1 block", "2 blocks"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def format_size(nbytes: float) -> str:
     """About three figures and a binary unit: "1 GiB", "1.5 MiB", "512 B"."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):

@@ -91,7 +91,7 @@ class Directory:
         self._lock_fd = -1
         try:
             if create:
-                path.mkdir(parents=True, exist_ok=True)
+                _make(path)
             if not self._has_format():
                 self._check_new(create)
             self._lock(create)
@@ -236,3 +236,11 @@ class Directory:
             os.fsync(file.fileno())
         fresh.rename(path)
         self.sync()
+
+
+def _make(path: Path) -> None:
+    """As `mkdir`, whose "File exists" says little of a file where the directory should be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error

@@ -11,7 +11,7 @@ import click
 from kvstore.cli.options import json_option
 from kvstore.cli.prompt import NAMING_KEYS, chat_option, file_option, named_prompt, prompt_text
 from kvstore.cli.target import WHICH, Place, opened, place_options
-from kvstore.quantities import format_size
+from kvstore.quantities import counted, format_size
 
 if TYPE_CHECKING:
     from kvstore.answers import Explanation
@@ -109,10 +109,10 @@ def _show(report: dict[str, Any], explanation: Explanation) -> None:
 
     size, blocks = report["block_tokens"], report["blocks"]
     over = report["tokens"] - blocks * size
-    rest = f"; {over} more tokens fill no block and are always computed" if over else ""
+    rest = f"; {counted(over, 'token')} more, in no full block, always computed" if over else ""
     show(
         f"{report['model']}, namespace {report['namespace']}\n"
-        f"{report['tokens']} tokens: {blocks} blocks of {size}, "
+        f"{counted(report['tokens'], 'token')}: {counted(blocks, 'block')} of {size}, "
         f"{format_size(report['block_bytes'])} each{rest}\n"
     )
     for each in report["stretches"]:

@@ -11,7 +11,7 @@ import click
 from kvstore.cli.keep import evict_all, time_option
 from kvstore.cli.options import json_option
 from kvstore.cli.target import WHICH, Place, opened, place_options
-from kvstore.quantities import format_size
+from kvstore.quantities import counted, format_size
 
 if TYPE_CHECKING:
     from kvstore.cli.listing import Listing
@@ -80,7 +80,8 @@ def gc(
         )
         return
     would = "would be dropped" if dry_run else "dropped"
-    show(f"{records} damaged records and {count} blocks ({format_size(nbytes)}) {would}\n")
+    blocks = f"{counted(count, 'block')} ({format_size(nbytes)})"
+    show(f"{counted(records, 'damaged record')} and {blocks} {would}\n")
 
 
 def choose(

@@ -12,7 +12,7 @@ from kvstore.cli.prompt import NAMING_KEYS
 from kvstore.cli.selection import BATCH_BLOCKS, Selection, batches, parts, selection_options
 from kvstore.cli.target import WHICH, Opened, Place, opened, place_options
 from kvstore.errors import InputError
-from kvstore.quantities import format_time, parse_time
+from kvstore.quantities import counted, format_time, parse_time
 
 if TYPE_CHECKING:
     from kvstore.hashing import Key
@@ -56,7 +56,7 @@ def evict(place: Place, settings: Settings, selection: Selection, as_json: bool)
     if as_json:
         print_json({"store": str(place), "blocks": count})
     else:
-        show(f"{count} blocks dropped\n")
+        show(f"{counted(count, 'block')} dropped\n")
 
 
 @click.command(
@@ -113,7 +113,8 @@ def retain(
     if as_json:
         print_json({"store": str(place), **total._asdict()})
     else:
-        show(f"{total.accepted + total.clipped} blocks at priority {_granted(total, retention)}\n")
+        blocks = counted(total.accepted + total.clipped, "block")
+        show(f"{blocks} at priority {_granted(total, retention)}\n")
         if total.refused:
             show(
                 f"{total.refused} refused: the namespace may hold no more above the default "

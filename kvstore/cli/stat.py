@@ -11,7 +11,7 @@ import click
 from kvstore.cli.options import json_option
 from kvstore.cli.target import WHICH, Place, connected, place_options
 from kvstore.errors import RightsError
-from kvstore.quantities import format_size, format_time
+from kvstore.quantities import counted, format_size, format_time
 
 if TYPE_CHECKING:
     from kvstore.settings import Settings
@@ -101,16 +101,18 @@ def _show_directory(report: Mapping[str, Any]) -> None:
 
     show(
         f"{report['store']}\n"
-        f"{report['blocks']} blocks, {format_size(report['stored_bytes'])} "
+        f"{counted(report['blocks'], 'block')}, {format_size(report['stored_bytes'])} "
         f"of {format_size(report['slab_bytes'])}; "
         f"{format_size(report['allocated_bytes'])} on disk\n"
     )
     if report["damaged_records"]:
-        show(f"{report['damaged_records']} damaged records; `kvstore verify` says more\n")
+        show(
+            f"{counted(report['damaged_records'], 'damaged record')}; `kvstore verify` says more\n"
+        )
     if report["cut_off_blocks"]:
         show(
-            f"the slab is shorter than its records say, by {report['cut_off_blocks']} blocks; "
-            "`kvstore verify` says more\n"
+            "the slab is shorter than its records say, by "
+            f"{counted(report['cut_off_blocks'], 'block')}; `kvstore verify` says more\n"
         )
     _show_namespaces(report["namespaces"])
 
@@ -126,13 +128,14 @@ def _show_daemon(report: Mapping[str, Any]) -> None:
         if tier:
             show(f"{name}  {_tier(tier)}\n")
     asked, served = counts(report)
-    show(f"{asked} blocks asked for{': ' if asked else ''}{served}\n")
+    show(f"{counted(asked, 'block')} asked for{': ' if asked else ''}{served}\n")
     sessions = report["sessions"]
     show(f"clients: {len(sessions)}, this one among them\n")
     for each in sessions:
         show(
-            f"  {each['peer']}, {each['tenant']}: {each['leases']} leases, "
-            f"{each['reservations']} reservations, {format_size(each['in_flight_bytes'])}\n"
+            f"  {each['peer']}, {each['tenant']}: {counted(each['leases'], 'lease')}, "
+            f"{counted(each['reservations'], 'reservation')}, "
+            f"{format_size(each['in_flight_bytes'])}\n"
         )
     _show_namespaces(report["namespaces"])
 
@@ -142,7 +145,7 @@ def _show_tenant(report: Mapping[str, Any]) -> None:
 
     asked, served = counts(report)
     show(f"{report['store']}: what is this tenant's own; the rest needs the right to admin\n")
-    show(f"{asked} blocks asked for{': ' if asked else ''}{served}\n")
+    show(f"{counted(asked, 'block')} asked for{': ' if asked else ''}{served}\n")
 
 
 def _show_namespaces(namespaces: list[dict[str, Any]]) -> None:
@@ -157,13 +160,13 @@ def _show_namespaces(namespaces: list[dict[str, Any]]) -> None:
 
 def _blocks(there: Mapping[str, int], known: Mapping[str, Any] | None) -> str:
     tokens = f"{known['block_tokens'] * there['blocks']} tokens, " if known else ""
-    return f"{there['blocks']} blocks, {tokens}{format_size(there['stored_bytes'])}"
+    return f"{counted(there['blocks'], 'block')}, {tokens}{format_size(there['stored_bytes'])}"
 
 
 def _tier(tier: Mapping[str, Any]) -> str:
     share = tier["used_bytes"] / tier["capacity_bytes"]
     text = (
-        f"{tier['blocks']} blocks, {format_size(tier['used_bytes'])} of "
+        f"{counted(tier['blocks'], 'block')}, {format_size(tier['used_bytes'])} of "
         f"{format_size(tier['capacity_bytes'])} ({share:.0%})"
     )
     more = {

@@ -17,7 +17,7 @@ from kvstore.cli.prompt import NAMING_KEYS
 from kvstore.cli.selection import Selection, selection_options
 from kvstore.cli.target import WHICH, Opened, Place, opened, place_options
 from kvstore.errors import InputError, TierError
-from kvstore.quantities import format_size
+from kvstore.quantities import counted, format_size
 
 if TYPE_CHECKING:
     from kvstore.archive.restore import Restored
@@ -218,7 +218,7 @@ def _left_in_ram(store: Opened, restored: Restored) -> int:
 def _tell_saved(archive: Path, saved: Saved) -> None:
     from kvstore.cli.console import show
 
-    show(f"{saved.blocks} blocks, {format_size(saved.nbytes)}: {archive}\n")
+    show(f"{counted(saved.blocks, 'block')}, {format_size(saved.nbytes)}: {archive}\n")
     if saved.missed:
         show(f"{_reasons(saved)}\n")
 
@@ -226,7 +226,7 @@ def _tell_saved(archive: Path, saved: Saved) -> None:
 def _reasons(saved: Saved) -> str:
     """What was listed, but could not be read."""
     return ", ".join(
-        f"{count} blocks were listed, but not to be had: {reason}"
+        f"{counted(count, 'block')} listed, but not to be had: {reason}"
         for reason, count in saved.missed.items()
     )
 
@@ -234,7 +234,7 @@ def _reasons(saved: Saved) -> str:
 def _tell_restored(restored: Restored) -> None:
     from kvstore.cli.console import show
 
-    show(f"{restored.blocks} blocks are new, {restored.present} were there\n")
+    show(f"{counted(restored.blocks, 'new block')}, {restored.present} there already\n")
     for damage in restored.damage[:SHOWN_DAMAGE]:
         show(f"damaged at offset {damage.start}: {damage.problem}\n")
     if len(restored.damage) > SHOWN_DAMAGE:
@@ -242,11 +242,12 @@ def _tell_restored(restored: Restored) -> None:
     if restored.promised is None:
         show("the file is cut off: nobody knows how many blocks are missing at its end\n")
     elif restored.lost:
-        show(f"{restored.lost} of the file's {restored.promised} blocks are lost\n")
+        show(f"{restored.lost} of the file's {counted(restored.promised, 'block')} lost\n")
     if restored.refused:
-        show(f"{restored.refused} blocks were refused: the store has no room for them\n")
+        show(f"{counted(restored.refused, 'block')} refused: the store has no room\n")
     if restored.evicted:
-        show(f"{restored.evicted} blocks had to make room for others: the store is too small\n")
+        blocks = counted(restored.evicted, "block")
+        show(f"{blocks} had to make room for others: the store is too small\n")
 
 
 def _fields(restored: Restored) -> dict[str, Any]:

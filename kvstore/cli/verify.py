@@ -10,7 +10,7 @@ import click
 
 from kvstore.cli.options import json_option
 from kvstore.cli.target import WHICH, Place, opened, place_options
-from kvstore.quantities import format_size
+from kvstore.quantities import counted, format_size
 
 if TYPE_CHECKING:
     from kvstore.inventory import Inventory
@@ -137,4 +137,4 @@ def _show(step: Step, findings: list[dict[str, Any]]) -> None:
     if len(findings) > SHOWN_FINDINGS:
         show(f"and {len(findings) - SHOWN_FINDINGS} more; --json has them all\n")
     verdict = f"problems: {len(findings)}" if findings else "all is well"
-    show(f"{step.blocks} blocks, {format_size(step.stored_bytes)} read: {verdict}\n")
+    show(f"{counted(step.blocks, 'block')}, {format_size(step.stored_bytes)} read: {verdict}\n")

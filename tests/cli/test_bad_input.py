@@ -157,9 +157,9 @@ def test_directories_that_cannot_be_used(here: Callable[..., Done], tmp_path: Pa
         (tmp_path / "pictures", "is not a kvstore NVMe directory"),
     ):
         refused(here("ls", path), str(path), expected)
-    below = tmp_path / "file" / "blocks"
-    asked = ("--model", tmp_path, "--nvme-path", below, "--nvme-bytes", "8 MiB", "hello")
-    refused(here("generate", *asked), str(below), "Not a directory")
+    for wrong in (tmp_path / "file" / "blocks", tmp_path / "file"):
+        asked = ("--model", tmp_path, "--nvme-path", wrong, "--nvme-bytes", "8 MiB", "hello")
+        refused(here("generate", *asked), str(wrong), "Not a directory")
     refused(here("stat"), "which store? give DIR")
 
 

@@ -31,7 +31,7 @@ def test_a_prompt_that_is_held(here: Callable[..., Done], blocks: Path, model: P
     assert data["stretches"] == [{"tier": "nvme", "start": 0, "stop": len(TEXT) // 16}]
     plain = here(*asked).stdout
     assert "blocks 0 to 3: on NVMe\nAll of it is held.\n" in plain
-    assert f"{len(TEXT) % 16} more tokens fill no block" in plain
+    assert f"{len(TEXT) % 16} tokens more, in no full block" in plain
 
 
 def test_where_a_prompt_goes_another_way(

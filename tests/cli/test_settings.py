@@ -9,7 +9,7 @@ import pytest
 from kvstore import sources
 from kvstore.errors import SettingsError
 from kvstore.machine import free_disk_bytes, memory_bytes
-from kvstore.quantities import format_size, format_time, parse_size, parse_time
+from kvstore.quantities import counted, format_size, format_time, parse_size, parse_time
 from kvstore.settings import GiB, MiB, Settings, specs
 from kvstore.sources import Given
 
@@ -60,6 +60,10 @@ def test_sizes(written: object, nbytes: int) -> None:
 def test_what_is_not_a_size(written: object) -> None:
     with pytest.raises(ValueError, match="not a size"):
         parse_size(written)
+
+
+def test_one_is_not_many() -> None:
+    assert [counted(n, "block") for n in (0, 1, 2)] == ["0 blocks", "1 block", "2 blocks"]
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_everything_from_one_directory_to_another(
     with opened(target) as store:
         check(store)
     again = here("import", file, target)
-    assert again == Done(0, "0 blocks are new, 23 were there\n", "")
+    assert again == Done(0, "0 new blocks, 23 there already\n", "")
     assert [path.name for path in tmp_path.iterdir() if "all.kv" in path.name] == ["all.kv"]
 
 
@@ -138,9 +138,7 @@ def test_between_daemons(here: Callable[..., Done], source: Path, tmp_path: Path
     ):
         done = here("export", file, "--store", one.url)
         assert done == Done(0, f"23 blocks, 184 KiB: {file}\n", "")
-        assert (
-            here("import", file, "--store", two.url).stdout == "23 blocks are new, 0 were there\n"
-        )
+        assert here("import", file, "--store", two.url).stdout == "23 new blocks, 0 there already\n"
         with two.connect() as client:
             plain = kvstore.TokenChain(namespace(), range(16 * 12)).chain()
             with client.acquire(plain) as lease:
@@ -166,7 +164,7 @@ def test_one_namespace(
 def test_a_directory_is_made(here: Callable[..., Done], archive: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     done = here("import", archive, made, "--nvme-bytes", "3 MiB")
-    assert done.stdout == "23 blocks are new, 0 were there\n"
+    assert done.stdout == "23 new blocks, 0 there already\n"
     assert sum(path.stat().st_size for path in made.iterdir()) <= 3 << 20
     refused(here("import", archive, archive / "below", "--nvme-bytes", "3 MiB"), "Not a directory")
     refused(here("import", archive, tmp_path / "x", "--nvme-bytes", "900 TiB"), "more than the")
@@ -205,7 +203,7 @@ def test_a_flipped_bit_loses_one_block(
     plain = here("import", archive, target)
     assert plain.status == 1
     assert f"damaged at offset {starts[9]}: " in plain.stdout
-    assert "1 of the file's 23 blocks are lost\n" in plain.stdout
+    assert "1 of the file's 23 blocks lost\n" in plain.stdout
 
 
 def test_a_flipped_bit_in_what_is_no_block_loses_none(
@@ -341,6 +339,6 @@ def test_an_export_of_which_nothing_can_be_read_replaces_nothing(
     slab.write_bytes(b"\xff" * slab.stat().st_size)
     done = here("export", archive, source)
     assert (done.status, done.stdout) == (1, "")
-    assert "nothing was exported: 23 blocks were listed" in done.stderr
+    assert "nothing was exported: 23 blocks listed" in done.stderr
     assert done.stderr.count("\n") == 1
     assert archive.read_bytes() == before
