@@ -28,6 +28,8 @@ BUS_CTAS = 32
 MAX_ELEMENTS = (1 << 31) - 1  # of one launch, which counts in 32 bits
 
 Buffer = memoryview | Tensor
+# Buffers, or where they begin, as `addresses` gives it: for who copies to or from them again.
+Buffers = Sequence[Buffer] | NDArray[np.uint64]
 
 PLAN = np.dtype(
     [
@@ -124,7 +126,7 @@ class KernelCopies:
     def copy_out(
         self,
         runs: Sequence[int],
-        buffers: Sequence[Buffer],
+        buffers: Buffers,
         *,
         layers: range | None = None,
         heads: range | None = None,
@@ -140,7 +142,7 @@ class KernelCopies:
     def copy_in(
         self,
         runs: Sequence[int],
-        buffers: Sequence[Buffer],
+        buffers: Buffers,
         *,
         layers: range | None = None,
         heads: range | None = None,
@@ -151,12 +153,12 @@ class KernelCopies:
     def _copy(
         self,
         runs: Sequence[int],
-        buffers: Sequence[Buffer],
+        buffers: Buffers,
         layers: range | None,
         heads: range | None,
         out: bool,
     ) -> None:
-        if not buffers:
+        if not len(buffers):
             return
         layers = part_of(layers, self.pages.layers, "layers")
         heads = part_of(heads, self.pages.shape[1], "heads")
@@ -260,10 +262,10 @@ def checked_runs(
     return slots.astype(np.int32).reshape(buffers, each)
 
 
-def addresses(
-    buffers: Sequence[Buffer], nbytes: int, pages: PagedTensors, out: bool
-) -> NDArray[np.uint64]:
+def addresses(buffers: Buffers, nbytes: int, pages: PagedTensors, out: bool) -> NDArray[np.uint64]:
     """Where each buffer begins. Raises LayoutError unless it has `nbytes` and can be used."""
+    if isinstance(buffers, np.ndarray):
+        return buffers
     device = pages.views[0].device
     where = np.empty(len(buffers), np.uint64)
     for number, buffer in enumerate(buffers):

@@ -15,7 +15,7 @@ import torch
 from kvstore.errors import LayoutError
 from kvstore.kernels.block_copy_cuda import (
     BlockFormat,
-    Buffer,
+    Buffers,
     addresses,
     checked_runs,
     part_of,
@@ -32,7 +32,7 @@ class BlockCopies(Protocol):
     def copy_out(
         self,
         runs: Sequence[int],
-        buffers: Sequence[Buffer],
+        buffers: Buffers,
         *,
         layers: range | None = None,
         heads: range | None = None,
@@ -41,7 +41,7 @@ class BlockCopies(Protocol):
     def copy_in(
         self,
         runs: Sequence[int],
-        buffers: Sequence[Buffer],
+        buffers: Buffers,
         *,
         layers: range | None = None,
         heads: range | None = None,
@@ -75,7 +75,7 @@ class DmaCopies:
     def copy_out(
         self,
         runs: Sequence[int],
-        buffers: Sequence[Buffer],
+        buffers: Buffers,
         *,
         layers: range | None = None,
         heads: range | None = None,
@@ -85,7 +85,7 @@ class DmaCopies:
     def copy_in(
         self,
         runs: Sequence[int],
-        buffers: Sequence[Buffer],
+        buffers: Buffers,
         *,
         layers: range | None = None,
         heads: range | None = None,
@@ -95,12 +95,12 @@ class DmaCopies:
     def _copy(
         self,
         runs: Sequence[int],
-        buffers: Sequence[Buffer],
+        buffers: Buffers,
         layers: range | None,
         heads: range | None,
         out: bool,
     ) -> None:
-        if not buffers:
+        if not len(buffers):
             return
         layers = part_of(layers, self.pages.layers, "layers")
         heads = part_of(heads, self.pages.shape[1], "heads")
@@ -146,7 +146,7 @@ class Measured(NamedTuple):
     in_s: float
 
 
-def measured(copies: BlockCopies, runs: Sequence[int], buffers: Sequence[Buffer]) -> Measured:
+def measured(copies: BlockCopies, runs: Sequence[int], buffers: Buffers) -> Measured:
     """Median of a few copies each way, on torch's current CUDA stream, which it waits for.
 
     Overwrites the buffers with the blocks, and then the blocks with the same bytes.
@@ -165,8 +165,6 @@ def measured(copies: BlockCopies, runs: Sequence[int], buffers: Sequence[Buffer]
     return Measured(copies, median(times["out"]), median(times["in"]))
 
 
-def fastest(
-    ways: Sequence[BlockCopies], runs: Sequence[int], buffers: Sequence[Buffer]
-) -> Measured:
+def fastest(ways: Sequence[BlockCopies], runs: Sequence[int], buffers: Buffers) -> Measured:
     """The one of `ways` that needs the least time there and back."""
     return min((measured(way, runs, buffers) for way in ways), key=lambda m: m.out_s + m.in_s)
