@@ -66,8 +66,13 @@ class Service:
 
     def admit(self, session: Session) -> None:
         """As `open`, for one that comes and goes too often to be told of; `dismiss` it."""
+        tenant = session.tenant
         if len(self.sessions) >= self.limits.connections:
             raise RequestError(f"{self.limits.connections} clients are connected, and no more may")
+        # Those behind a token leave room for others.
+        share = max(1, self.limits.connections // 2)
+        if tenant.secret and sum(each.tenant == tenant for each in self.sessions) >= share:
+            raise RequestError(f"{tenant.name} has {share} clients connected, and no more may")
         self.sessions.add(session)
 
     def end(self, session: Session) -> None:

@@ -8,6 +8,7 @@ import resource
 import socket
 import stat
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from kvstore.client.client import StoreClient
 from kvstore.daemon import connection, session
 from kvstore.daemon.service import Limits
 from kvstore.errors import RequestError
+from kvstore.tenant import LOCAL, Tenant
 from kvstore.tier import Miss
 from tests.daemon.doors import Daemon
 from tests.daemon.raw_client import HELLO, RawClient
@@ -99,6 +101,21 @@ def test_no_more_clients_than_allowed(daemon: Daemon) -> None:
         other.close()
         daemon.until(lambda: len(daemon.service.sessions) == 1)
         others_are_served(daemon)
+
+
+@pytest.mark.parametrize("limits", [Limits(connections=5)])
+def test_one_tenant_cannot_take_all_connections(daemon: Daemon) -> None:
+    """Half of them, and those of this machine's user all."""
+    service = daemon.service
+    one, two = (Tenant(name, secret=name.encode()) for name in ("one", "two"))
+    opened = [daemon.call(partial(service.open, one, "a peer")) for _ in range(2)]
+    with pytest.raises(RequestError, match="one has 2 clients"):
+        daemon.call(partial(service.open, one, "a peer"))
+    daemon.call(partial(service.end, opened[0]))
+    for tenant in (one, two, two, LOCAL):
+        daemon.call(partial(service.open, tenant, "a peer"))
+    with pytest.raises(RequestError, match="5 clients are connected"):
+        daemon.call(partial(service.open, LOCAL, "a peer"))
 
 
 def test_the_door_closes_on_whoever_has_come_so_far(daemon: Daemon) -> None:
