@@ -13,7 +13,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 ENGINES := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvstore/engines
 
-.PHONY: help venv demo test test-engines check lint proto bench bench-peers soak clean
+.PHONY: help venv demo test test-engines gpu-check check lint proto bench bench-peers soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -44,6 +44,12 @@ test: lint ## lint, types and every test but the soak
 test-engines: $(STAMP) ## the connectors with the real engines; installs them once, 4 GB
 	PYTHON=$(PYTHON) tests/engines/install.sh "$(ENGINES)"
 	$(ONE_THREAD) KVSTORE_ENGINES="$(ENGINES)" $(BIN)/python -m pytest -m engines tests/engines
+
+# On a machine with a GPU there may be a Python with everything already, and no network.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu-check: ## the kernels' tests on a CUDA device, under compute-sanitizer
+	tests/kernels/gpu_check.sh "$(GPU_PYTHON)"
 
 check: lint ## lint, types, and the tests of the rules and the pure core: under a minute
 	$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_layers.py tests/test_tidy.py \

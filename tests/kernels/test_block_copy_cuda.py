@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvstore.connectors.page_views import page_views
+from kvstore.errors import LayoutError
 from kvstore.kernels import block_copy_reference as reference
 from kvstore.kernels.block_copy_cuda import KernelCopies
 from kvstore.kernels.cuda_module import Runtime
@@ -219,3 +220,107 @@ def test_many_blocks_of_our_own_engine(block_tokens: int, any_runtime: Runtime) 
     expected = torch.zeros_like(pieces)
     expected[:, chosen] = pieces[:, chosen]
     assert bits([there]) == bits([expected])
+
+
+BLOCK = 4
+
+
+@pytest.fixture
+def small(any_runtime: Runtime) -> KernelCopies:
+    """Six blocks of 4 tokens, 2 heads, 3 layers."""
+    kv = torch.zeros(2, 3, 2, 6 * BLOCK, 8, dtype=torch.bfloat16, device=any_runtime.device_type)
+    return KernelCopies(paged(kv, BLOCK), BLOCK, runtime=any_runtime)
+
+
+def good(copy: KernelCopies, count: int = 1) -> list[memoryview]:
+    return [memoryview(bytearray(2 * copy.format.head_bytes)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("runs", "count", "message"),
+    [
+        ([24], 1, "do not lie within 6 pages"),
+        ([-1], 1, "do not lie within"),
+        ([2], 1, "do not lie within"),
+        ([0, 4, 8], 2, "3 runs for 2 blocks"),
+        ([0, 4, 8], 1, "3 runs for 1 blocks"),
+        ([], 1, "0 runs for 1 blocks"),
+    ],
+)
+def test_runs_that_are_none_are_refused(
+    small: KernelCopies, runs: list[int], count: int, message: str
+) -> None:
+    with pytest.raises(LayoutError, match=message):
+        small.copy_out(runs, good(small, count))
+
+
+def test_parts_that_there_are_not_are_refused(small: KernelCopies) -> None:
+    for part in (range(0, 4), range(-1, 1), range(1, 1), range(0, 3, 2)):
+        with pytest.raises(LayoutError, match="layers range"):
+            small.copy_in([0], good(small), layers=part)
+    with pytest.raises(LayoutError, match="heads range"):
+        small.copy_in([0], good(small), heads=range(0, 3))
+
+
+def test_buffers_that_cannot_be_used_are_refused(small: KernelCopies) -> None:
+    nbytes = 2 * small.format.head_bytes
+    whole = memoryview(bytearray(2 * nbytes + 2))
+    spread = torch.zeros(nbytes, 2, dtype=torch.uint8, device=small.pages.views[0].device)[:, 0]
+    elsewhere = torch.zeros(nbytes, dtype=torch.uint8, device="meta")
+    refused: list[memoryview | Tensor] = [
+        whole[: nbytes - 1],
+        whole[: nbytes + 1],
+        whole[: 2 * nbytes : 2],
+        spread,
+        elsewhere,
+    ]
+    for buffer in refused:
+        with pytest.raises(LayoutError, match=f"is not {nbytes} contiguous bytes"):
+            small.copy_in([0], [buffer])
+    with pytest.raises(LayoutError, match="can write"):
+        small.copy_out([0], [memoryview(bytes(nbytes))])
+    with pytest.raises(LayoutError, match="multiples of 4 bytes"):
+        small.copy_in([0], [whole[2 : nbytes + 2]])
+
+
+def test_nothing_to_copy(small: KernelCopies) -> None:
+    small.copy_out([], [])
+    small.copy_in([], [])
+
+
+@pytest.mark.parametrize(
+    ("own", "stored", "tokens"),
+    [
+        (torch.int8, torch.bfloat16, 4),
+        (torch.float8_e4m3fn, torch.int8, 4),
+        (torch.float32, torch.float64, 4),
+        (torch.float32, torch.uint8, 4),
+        (torch.float32, torch.float32, 257),
+        (torch.float32, torch.float32, 0),
+    ],
+    ids=str,
+)
+def test_formats_that_there_are_not_are_refused(
+    own: torch.dtype, stored: torch.dtype, tokens: int, any_runtime: Runtime
+) -> None:
+    kv = torch.zeros(1, 1, 2, 514, 8, device=any_runtime.device_type).to(own)
+    with pytest.raises(LayoutError):
+        KernelCopies(paged(kv, 257), tokens, dtype=stored, runtime=any_runtime)
+
+
+def test_pages_that_do_not_go_together_are_refused() -> None:
+    page = torch.zeros(4, 2, 4, 8)
+    for others in (
+        (),
+        (page, page),
+        (torch.zeros(4, 2, 4, 9),),
+        (torch.zeros(4, 2, 8, 4).transpose(2, 3),) * 3,
+        (torch.zeros(8, 2, 4, 8)[::2],),
+        (torch.zeros(4, 2, 4, 8, dtype=torch.int32),),
+        (torch.zeros(4, 2, 4, 8, device="meta"),),
+    ):
+        with pytest.raises(LayoutError):
+            PagedTensors((page, *others))
+    PagedTensors((page, torch.zeros(4, 2, 8, 4).transpose(2, 3)))
+    with pytest.raises(LayoutError, match="whole blocks of 3 slots"):
+        paged(torch.zeros(1, 1, 2, 16, 8), 3)
