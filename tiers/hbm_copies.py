@@ -11,8 +11,6 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from kvstore.kernels.block_copy import copy_in, copy_out
@@ -65,10 +63,12 @@ class CopyStream(Protocol):
         """From HBM to `views`, which are writable."""
         ...
 
-    def copy_in(
-        self, blocks: Sequence[int], views: Sequence[memoryview], layers: range | None = None
-    ) -> CopyEvent:
-        """From `views` to HBM; of `layers` only, if they are given."""
+    def copy_in(self, blocks: Sequence[int], views: Sequence[memoryview]) -> CopyEvent:
+        """From `views` to HBM."""
+        ...
+
+    def copy_in_by_layer(self, blocks: Sequence[int], views: Sequence[memoryview]) -> Gates:
+        """As `copy_in`, one layer of all blocks after another; an event for each."""
         ...
 
 
@@ -104,17 +104,9 @@ class HostCopies:
         copy_out(self._kv, blocks, views, self._layout.block_tokens)
         return OVER
 
-    def copy_in(
-        self, blocks: Sequence[int], views: Sequence[memoryview], layers: range | None = None
-    ) -> CopyEvent:
-        tokens = self._layout.block_tokens
-        if layers is None:
-            copy_in(self._kv, views, blocks, tokens)
-            return OVER
-        part = slice(layers.start, layers.stop)
-        raw = self._kv.view(torch.uint8).numpy()
-        shape = (*self._layout.shape[:-1], raw.shape[-1])
-        for block, view in zip(blocks, views, strict=True):
-            place = slice(block * tokens, (block + 1) * tokens)
-            raw[:, part, :, place] = np.frombuffer(view, np.uint8).reshape(shape)[:, part]
+    def copy_in(self, blocks: Sequence[int], views: Sequence[memoryview]) -> CopyEvent:
+        copy_in(self._kv, views, blocks, self._layout.block_tokens)
         return OVER
+
+    def copy_in_by_layer(self, blocks: Sequence[int], views: Sequence[memoryview]) -> Gates:
+        return [self.copy_in(blocks, views)] * self._layout.layers

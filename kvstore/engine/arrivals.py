@@ -17,7 +17,7 @@ from kvstore.engine.guard import Guard
 from kvstore.engine.scheduler import Scheduler
 from kvstore.engine.sequence import Phase, Source, TokenSequence
 from kvstore.tiers.hbm import HbmTier
-from kvstore.tiers.hbm_copies import UNBOUNDED, CopyEvent, Gates
+from kvstore.tiers.hbm_copies import UNBOUNDED, Gates
 from kvstore.verbs import Lease
 
 # How long `wait` waits for the next block before it looks at everything again.
@@ -32,7 +32,7 @@ class _Arrival:
     blocks: list[int]
     sources: list[str]
     views: list[memoryview]  # kept: what is copied from must not be unmapped meanwhile
-    events: list[CopyEvent]  # one, or one a layer
+    events: Gates  # one, or one a layer
 
     @property
     def stop(self) -> int:
@@ -151,18 +151,17 @@ class Arrivals:
         blocks = load.sequence.block_table[first : load.start + ready]
         views, sources = list(load.lease.views[asked:ready]), load.lease.sources[asked:ready]
         nbytes = (ready - asked) * layout.block_bytes
-        if ready < len(load.lease) or nbytes > copies.gated_bytes(others_run):
-            events = [copies.copy_in(blocks, views)]
+        by_layer = ready == len(load.lease) and nbytes <= copies.gated_bytes(others_run)
+        events: Gates
+        if by_layer:
+            events = copies.copy_in_by_layer(blocks, views)
         else:
-            events = [
-                copies.copy_in(blocks, views, range(layer, layer + 1))
-                for layer in range(layout.layers)
-            ]
+            events = [copies.copy_in(blocks, views)]
         arrival = _Arrival(first, blocks, sources, views, events)
         self._hbm.pool.hold(blocks)
         load.arrivals.append(arrival)
         load.asked = ready
-        if len(events) > 1:
+        if by_layer:
             self._run_at_once(load)
         return ready - asked
 

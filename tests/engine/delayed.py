@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from kvstore.tiers.hbm import HbmTier
-from kvstore.tiers.hbm_copies import UNBOUNDED, CopyEvent, HostCopies
+from kvstore.tiers.hbm_copies import UNBOUNDED, CopyEvent, Gates, HostCopies
 
 
 class Delayed:
@@ -82,7 +82,9 @@ class _In(Delayed):
             assert bytes(view) == before, f"what block {block} is copied from has been reused"
             content = self._copies.content(block, self.layers)
             assert content.isnan().all(), f"block {block} has been written to"
-        self._copies.host.copy_in(self._blocks, self._views, self.layers)
+            shape = self._copies.content(block).shape
+            canonical = torch.frombuffer(bytearray(view), dtype=content.dtype).view(shape)
+            content.copy_(canonical if self.layers is None else canonical[:, self.layers])
 
 
 class DelayedCopies:
@@ -116,10 +118,12 @@ class DelayedCopies:
     def copy_out(self, blocks: Sequence[int], views: Sequence[memoryview]) -> CopyEvent:
         return _Out(self, blocks, views)
 
-    def copy_in(
-        self, blocks: Sequence[int], views: Sequence[memoryview], layers: range | None = None
-    ) -> CopyEvent:
-        return _In(self, blocks, views, layers)
+    def copy_in(self, blocks: Sequence[int], views: Sequence[memoryview]) -> CopyEvent:
+        return _In(self, blocks, views, None)
+
+    def copy_in_by_layer(self, blocks: Sequence[int], views: Sequence[memoryview]) -> Gates:
+        layers = range(self._hbm.layout.layers)
+        return [_In(self, blocks, views, range(layer, layer + 1)) for layer in layers]
 
 
 def _bits(content: torch.Tensor) -> torch.Tensor:

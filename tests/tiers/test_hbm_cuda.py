@@ -1,0 +1,189 @@
+"""Copies of the HBM tier by the CUDA kernels, in the emulator where there is no device."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvstore.kernels import reference
+from kvstore.kernels.block_copy_cuda import KernelCopies
+from kvstore.kernels.paged_tensors import paged
+from kvstore.kernels.pinned_memory import PINNED, PinnedMemory
+from kvstore.layout import BlockLayout
+from kvstore.tiers.arena import Arena
+from kvstore.tiers.hbm_copies import OVER, CopyEvent
+from kvstore.tiers.hbm_cuda import CudaCopies, CudaStream
+from tests.kernels.emulator import EmulatedRuntime
+
+LAYOUT = BlockLayout(layers=3, kv_heads=2, head_dim=8, block_tokens=4, dtype="bfloat16")
+BLOCKS = 9
+
+
+class Now:
+    """A stream for a device that is done when it is told."""
+
+    def __init__(self) -> None:
+        self.copies = 0
+
+    def run(self, copy: Callable[[], None]) -> CopyEvent:
+        self.copies += 1
+        copy()
+        return OVER
+
+
+class Driver:
+    """Registrations, as CUDA would have them; notes whether memory was there to the end."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error = error
+        self.registered: dict[int, int] = {}
+        self.ended_mapped: list[bool] = []
+
+    def register(self, start: int, nbytes: int) -> int:
+        assert start not in self.registered
+        if not self.error:
+            self.registered[start] = nbytes
+        return self.error
+
+    def unregister(self, start: int) -> int:
+        del self.registered[start]
+        self.ended_mapped.append(_is_mapped(start))
+        return 0
+
+
+def _is_mapped(address: int) -> bool:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(bound, 16) for bound in line.split()[0].split("-"))
+        if start <= address < stop:
+            return True
+    return False
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device("cuda:0" if request.param == "cuda" else "cpu")
+
+
+@pytest.fixture
+def kv(device: torch.device) -> Tensor:
+    heads, layers, pair, tokens, head_dim = LAYOUT.shape
+    return torch.randn(heads, layers, pair, BLOCKS * tokens, head_dim).bfloat16().to(device)
+
+
+@pytest.fixture
+def make(
+    device: torch.device, kv: Tensor, pytestconfig: pytest.Config
+) -> Callable[[PinnedMemory], CudaCopies]:
+    def copies(pinned: PinnedMemory) -> CudaCopies:
+        pages = paged(kv, LAYOUT.block_tokens)
+        if device.type == "cuda":
+            streams = CudaStream(device), CudaStream(device)
+            return CudaCopies(pages, LAYOUT, KernelCopies(pages, 4), PINNED, *streams)
+        if shutil.which("g++") is None:
+            pytest.skip("kernels are emulated with g++, which is not there")
+        assert pytestconfig.cache is not None
+        runtime = EmulatedRuntime(Path(pytestconfig.cache.mkdir("emulator")))
+        kernel = KernelCopies(pages, LAYOUT.block_tokens, runtime=runtime)
+        return CudaCopies(pages, LAYOUT, kernel, pinned, Now(), Now())
+
+    return copies
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    arena = Arena(1 << 20)
+    yield arena
+    arena.close()
+
+
+def views_of(arena: Arena, count: int) -> list[memoryview]:
+    size = LAYOUT.block_bytes
+    return [arena.buffer[start : start + size] for start in range(4096, 4096 + count * size, size)]
+
+
+@pytest.mark.parametrize("error", [0, 2])
+def test_blocks_go_out_and_come_in(
+    make: Callable[[PinnedMemory], CudaCopies], kv: Tensor, arena: Arena, error: int
+) -> None:
+    """Straight to pinned memory, and by way of other memory where it cannot be pinned."""
+    driver = Driver(error)
+    copies = make(PinnedMemory(driver.register, driver.unregister))
+    views = views_of(arena, 3)
+    copies.copy_out([7, 0, 4], views).wait()
+    before = kv.cpu().clone()
+    assert [bytes(view) for view in views] == reference.copy_out(before, [7, 0, 4], 4)
+    copies.copy_in([1, 2, 8], [view.toreadonly() for view in views]).wait()
+    after = kv.cpu()
+    assert reference.copy_out(after, [1, 2, 8], 4) == [bytes(view) for view in views]
+    for block in (0, 3, 4, 5, 6, 7):
+        place = slice(block * 4, block * 4 + 4)
+        assert torch.equal(after[:, :, :, place], before[:, :, :, place])
+
+
+@pytest.mark.parametrize("error", [0, 2])
+def test_layers_come_one_after_another(
+    make: Callable[[PinnedMemory], CudaCopies], kv: Tensor, arena: Arena, error: int
+) -> None:
+    driver = Driver(error)
+    copies = make(PinnedMemory(driver.register, driver.unregister))
+    views = views_of(arena, 2)
+    copies.copy_out([5, 3], views).wait()
+    events = copies.copy_in_by_layer([0, 1], views)
+    assert len(events) == LAYOUT.layers
+    for event in events:
+        event.precede_compute()
+    assert reference.copy_out(kv.cpu(), [0, 1], 4) == [bytes(view) for view in views]
+
+
+def test_an_arena_is_pinned_once_and_let_go_before_it_is_unmapped() -> None:
+    driver = Driver()
+    pinned = PinnedMemory(driver.register, driver.unregister)
+    arena, other = Arena(3 << 20), Arena(1 << 20)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(arena.buffer))
+    for _ in range(3):
+        assert pinned.holds([*views_of(arena, 2), arena.buffer[8192:].toreadonly()])
+    assert driver.registered == {start: 3 << 20}
+    assert pinned.holds([*views_of(arena, 1), *views_of(other, 1)])
+    assert len(driver.registered) == 2
+    view = arena.buffer[5:10]
+    arena.close()
+    assert start in driver.registered, "a view is still there"
+    del view
+    gc.collect()
+    assert start not in driver.registered
+    assert driver.ended_mapped == [True]
+    other.close()
+    assert not driver.registered
+
+
+def test_other_memory_is_not_pinned() -> None:
+    driver = Driver()
+    pinned = PinnedMemory(driver.register, driver.unregister)
+    assert not pinned.holds([memoryview(bytearray(100))])
+    assert pinned.holds([])
+    assert not driver.registered
+
+
+def test_memory_that_somebody_else_has_pinned_is_left_to_them() -> None:
+    driver, arena = Driver(error=712), Arena(1 << 20)
+    pinned = PinnedMemory(driver.register, driver.unregister)
+    assert pinned.holds(views_of(arena, 2))
+    arena.close()
+    gc.collect()
+    assert driver.ended_mapped == []
+
+
+def test_what_is_refused_is_said_once(caplog: pytest.LogCaptureFixture, arena: Arena) -> None:
+    driver = Driver(error=2)
+    pinned = PinnedMemory(driver.register, driver.unregister)
+    for _ in range(3):
+        assert not pinned.holds(views_of(arena, 2))
+    assert len(caplog.records) == 1
+    assert "1048576 bytes" in caplog.text

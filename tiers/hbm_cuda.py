@@ -1,0 +1,170 @@
+"""Copies between HBM and RAM on streams of their own, while the device computes.
+
+Two side streams, one for each direction, since the bus has both. A copy begins when what the
+device was told to compute before is done, and nothing waits for it but who asks its event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvstore.kernels.block_copy_cuda import Buffers, KernelCopies, addresses
+from kvstore.kernels.block_copy_dma import BlockCopies, DmaCopies, fastest
+from kvstore.kernels.paged_tensors import PagedTensors, paged, runs_of
+from kvstore.kernels.pinned_memory import PINNED, PinnedMemory
+from kvstore.layout import BlockLayout
+from kvstore.tiers.hbm_copies import OVER, UNBOUNDED, CopyEvent, Gates
+
+# While others decode they may wait for so much, layer by layer: less than a millisecond.
+SHARED_WAIT_BYTES = 32 << 20
+# The ways of copying are measured once, with so much.
+MEASURED_BYTES = 32 << 20
+
+
+class SideStream(Protocol):
+    """A queue of the device's beside the one on which it computes."""
+
+    def run(self, copy: Callable[[], None]) -> CopyEvent:
+        """Do what `copy` starts after all that was computed before. Does not wait."""
+        ...
+
+
+class _CudaEvent:
+    def __init__(self, event: Any, device: torch.device) -> None:
+        self._event = event  # torch.cuda.Event, whose methods have no types
+        self._device = device
+
+    def done(self) -> bool:
+        return bool(self._event.query())
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def precede_compute(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+
+class CudaStream:
+    """A stream of one CUDA device, beside torch's current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        stream: Callable[..., Any] = torch.cuda.Stream
+        self._stream = stream(device)
+        self._device = device
+
+    def run(self, copy: Callable[[], None]) -> CopyEvent:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            copy()
+        return _CudaEvent(self._stream.record_event(), self._device)
+
+
+class CudaCopies:
+    """Copies of one KV tensor's blocks to and from pinned memory. Belongs to the engine's loop.
+
+    Memory that cannot be pinned is copied by way of memory that is, and then a copy is over
+    when it has been started.
+    """
+
+    step_bytes = UNBOUNDED
+
+    def __init__(
+        self,
+        pages: PagedTensors,
+        layout: BlockLayout,
+        copies: BlockCopies,
+        pinned: PinnedMemory,
+        outward: SideStream,
+        inward: SideStream,
+    ) -> None:
+        self._pages = pages
+        self._layout = layout
+        self._copies = copies
+        self._pinned = pinned
+        self._outward = outward
+        self._inward = inward
+
+    @classmethod
+    def over(cls, kv: Tensor, layout: BlockLayout) -> CudaCopies:
+        """For a KV tensor of which no block is in use yet; measures how to copy, for a second."""
+        pages = paged(kv, layout.block_tokens)
+        device = kv.device
+        return cls(
+            pages,
+            layout,
+            _fastest(pages, layout),
+            PINNED,
+            CudaStream(device),
+            CudaStream(device),
+        )
+
+    def pin(self, memory: memoryview) -> bool:
+        """See to it that copies from and to `memory` begin at once. Blocks, for seconds."""
+        return self._pinned.holds([memory])
+
+    def gated_bytes(self, others_run: bool) -> int:
+        return SHARED_WAIT_BYTES if others_run else UNBOUNDED
+
+    def copy_out(self, blocks: Sequence[int], views: Sequence[memoryview]) -> CopyEvent:
+        runs = runs_of(blocks, self._layout.block_tokens)
+        if self._pinned.holds(views):
+            where = addresses(views, self._layout.block_bytes, self._pages, out=True)
+            return self._outward.run(partial(self._copies.copy_out, runs, where))
+        staged = self._staging(len(views))
+        self._outward.run(partial(self._copies.copy_out, runs, list(staged))).wait()
+        for view, content in zip(views, staged.numpy(), strict=True):
+            view[:] = content.data
+        return OVER
+
+    def copy_in(self, blocks: Sequence[int], views: Sequence[memoryview]) -> CopyEvent:
+        (event,) = self._copy_in(blocks, views, [range(self._layout.layers)])
+        return event
+
+    def copy_in_by_layer(self, blocks: Sequence[int], views: Sequence[memoryview]) -> Gates:
+        layers = range(self._layout.layers)
+        return self._copy_in(blocks, views, [range(layer, layer + 1) for layer in layers])
+
+    def _copy_in(
+        self, blocks: Sequence[int], views: Sequence[memoryview], parts: Sequence[range]
+    ) -> Gates:
+        runs = runs_of(blocks, self._layout.block_tokens)
+        where: Buffers
+        if is_pinned := self._pinned.holds(views):
+            where = addresses(views, self._layout.block_bytes, self._pages, out=False)
+        else:
+            staged = self._staging(len(views))
+            for content, view in zip(staged.numpy(), views, strict=True):
+                content[:] = np.frombuffer(view, np.uint8)
+            where = list(staged)
+        events = [
+            self._inward.run(partial(self._copies.copy_in, runs, where, layers=part))
+            for part in parts
+        ]
+        if is_pinned:
+            return events
+        events[-1].wait()
+        return [OVER] * len(parts)
+
+    def _staging(self, blocks: int) -> Tensor:
+        """[blocks, block_bytes] of memory that the device can reach."""
+        return _reachable(self._pages, blocks * self._layout.block_bytes).view(blocks, -1)
+
+
+def _reachable(pages: PagedTensors, nbytes: int) -> Tensor:
+    on_cuda = pages.views[0].device.type == "cuda"
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_cuda)
+
+
+def _fastest(pages: PagedTensors, layout: BlockLayout) -> BlockCopies:
+    """By kernel or by DMA: whichever is faster for blocks of this size on this device."""
+    tokens = layout.block_tokens
+    ways: list[BlockCopies] = [KernelCopies(pages, tokens), DmaCopies(pages, tokens)]
+    count = min(pages.shape[0], max(1, MEASURED_BYTES // layout.block_bytes))
+    buffers = list(_reachable(pages, count * layout.block_bytes).view(count, -1))
+    return fastest(ways, runs_of(range(count), tokens), buffers).copies
