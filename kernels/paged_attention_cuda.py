@@ -146,6 +146,7 @@ def _check(query: Tensor, kv: Tensor, layer: int, block_tokens: int, runtime: Ru
     check("kv", kv, (kv_heads, layers, 2, slots, head_dim), KV_DTYPES, kv.device)
     check_aligned("kv", kv)
     check("query", query, query.shape, QUERY_DTYPES, kv.device, 2)
+    check_aligned("query", query)
     if head_dim not in HEAD_DIMS:
         raise KernelError(f"heads of {head_dim} elements; {HEAD_DIMS} are supported")
     if heads % kv_heads:

@@ -50,9 +50,10 @@ __device__ void load_query(unsigned (&operands)[HEAD_DIM / 16][4], const Query* 
   for (int step = 0; step < HEAD_DIM / 16; ++step) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float x[2];
-      for (int i = 0; i < 2; ++i) {
-        x[i] = wanted ? to_float(head[key_element<T>(step, quad, half, i)]) : 0;
+      float x[2] = {0, 0};
+      if (wanted) {
+        Vector<Query, 2> given = load_vector<2>(head + key_element<T>(step, quad, half, 0));
+        for (int i = 0; i < 2; ++i) x[i] = to_float(given.elements[i]);
       }
       unsigned(&pair)[4] = operands[step];
       if constexpr (same<P, Query>) {

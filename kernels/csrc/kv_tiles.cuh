@@ -55,13 +55,18 @@ struct Tiles {
 
   // TILE rows; zeros for those that the sequence does not have, as 0 times them must be 0.
   __device__ static void copy(unsigned char* to, const T* from, int rows) {
-    constexpr int COLUMNS = R::ROW_BYTES / 16, PIECES = TILE * COLUMNS;
+    constexpr unsigned COLUMNS = R::ROW_BYTES / 16, PIECES = TILE * COLUMNS;
     const unsigned char* bytes = reinterpret_cast<const unsigned char*>(from);
+    unsigned lane = threadIdx.x % 32;
 #pragma unroll
-    for (int first = 0; first < PIECES; first += 32) {
-      int piece = first + threadIdx.x % 32, row = piece / COLUMNS;
-      if (PIECES % 32 == 0 || piece < PIECES) {
-        copy_async(to + row * R::PITCH + piece % COLUMNS * 16, bytes + piece * 16, row < rows);
+    for (unsigned first = 0; first < PIECES; first += 32) {
+      // Where whole rows are 32 pieces, what a lane adds is the same in every round.
+      constexpr bool EVEN = 32 % COLUMNS == 0;
+      unsigned row = EVEN ? first / COLUMNS + lane / COLUMNS : (first + lane) / COLUMNS;
+      unsigned column = EVEN ? lane % COLUMNS : (first + lane) % COLUMNS;
+      if (PIECES % 32 == 0 || first + lane < PIECES) {
+        copy_async(to + row * R::PITCH + column * 16, bytes + (first + lane) * 16,
+                   int(row) < rows);
       }
     }
   }

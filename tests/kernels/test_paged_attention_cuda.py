@@ -152,7 +152,7 @@ def test_blocks_of_any_size(block_tokens: int, runtime: Runtime) -> None:
     assert worst_error(case.run(runtime), case.expected()) < EXACT
 
 
-@pytest.mark.parametrize("lengths", [(511, 512, 513, 1025), (16_384, 3, 16_385)])
+@pytest.mark.parametrize("lengths", [(511, 512, 513, 1025), (3, 16_385), (65_537,)])
 def test_contexts_of_many_chunks(lengths: tuple[int, ...], emulated: EmulatedRuntime) -> None:
     case = a_case("cpu", lengths, kv_heads=1, group=2, head_dim=64)
     assert worst_error(case.run(emulated, blocks=7), case.expected()) < EXACT
