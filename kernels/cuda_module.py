@@ -24,8 +24,6 @@ from kvstore.errors import KernelError
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 OPTIONS = ("--std=c++17", "--generate-line-info")
-# A block gets more dynamic shared memory than this only if it asks before.
-SHARED_BYTES = 48 * 1024
 
 
 class Rows(NamedTuple):
@@ -110,7 +108,8 @@ class CudaRuntime:
         with torch.cuda.device(self._index):
             stream = _Stream(torch.cuda.current_stream(self._index).cuda_stream)
             function = self._kernels.get((source, kernel)) or self._load(source, kernel)
-            if shared_bytes > SHARED_BYTES > function.max_dynamic_shared_size_bytes:
+            # Less than 48 KiB unless one asks for more.
+            if shared_bytes and shared_bytes > function.max_dynamic_shared_size_bytes:
                 function.max_dynamic_shared_size_bytes = shared_bytes
             function(grid, block, tuple(args), shared_mem=shared_bytes, stream=stream)
 
