@@ -76,8 +76,8 @@ class EmulatedRuntime:
         if not 0 < width_bytes <= min(target.pitch_bytes, source.pitch_bytes):
             raise EmulatorError(f"rows of {width_bytes} bytes, {target} from {source}")
         for row in range(rows):
-            ends = (end.address + row * end.pitch_bytes for end in (target, source))
-            ctypes.memmove(*ends, width_bytes)
+            to, from_ = (end.address + row * end.pitch_bytes for end in (target, source))
+            ctypes.memmove(to, from_, width_bytes)
 
 
 def fenced(tensor: Tensor) -> Tensor:
@@ -122,8 +122,7 @@ def _compiled(folder: Path, source: Path, kernel: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         (Path(scratch) / "kernel.cpp").write_text(program)
-        where = (f"-I{HERE}", f"-I{source.parent}")
-        _run(scratch, "g++", *FLAGS, *where, "-c", "kernel.cpp", "-o", "kernel.o")
+        _run(scratch, "g++", *FLAGS, f"-I{source.parent}", "-c", "kernel.cpp", "-o", "kernel.o")
         # Linked without the sanitizers' library: its handlers are ours.
         _run(scratch, "g++", "-shared", "-Wl,-z,defs", "kernel.o", "-o", "kernel.so")
         os.replace(Path(scratch) / "kernel.so", target)
