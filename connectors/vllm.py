@@ -7,7 +7,7 @@
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"url": "unix:///run/kvstore.sock"}}'
 
-Written against vLLM 0.32. docs/connectors.md has the settings and what is not supported.
+Written against vLLM 0.32 and 0.33. docs/connectors.md has the settings and what is not supported.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 
 from kvstore.connectors.options import SharedStore, read_options
 from kvstore.connectors.vllm_events import Events
-from kvstore.connectors.vllm_jobs import Done, Orders, Ready
+from kvstore.connectors.vllm_guard import Guard
+from kvstore.connectors.vllm_jobs import Done, Orders, Ready, Refused
 from kvstore.connectors.vllm_namespace import model_namespace
 from kvstore.connectors.vllm_pages import vllm_pages
 from kvstore.connectors.vllm_scheduler import Scheduler
 from kvstore.connectors.vllm_stats import KVStorePromMetrics, KVStoreStats
 from kvstore.connectors.vllm_worker import Worker
-from kvstore.errors import InputError, LayoutError, SettingsError
+from kvstore.errors import LayoutError, ModelError, SettingsError
 from kvstore.store import BlockStore
 
 if TYPE_CHECKING:
@@ -43,6 +47,11 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 log = logging.getLogger("vllm.kvstore")
+
+KVConnectorMetadata.register(Orders)
+KVConnectorWorkerMetadata.register(Done)
+for introduction in (Ready, Refused):
+    KVConnectorHandshakeMetadata.register(introduction)
 
 
 class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -66,15 +75,18 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 "(or, with one worker, run with --distributed-executor-backend uni, and on a CPU "
                 "with VLLM_ENABLE_V1_MULTIPROCESSING=0)"
             )
-        self._salt = options.salt
+        self._guard = Guard()
         self._shared: SharedStore | None = None
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
         self._events: Events | None = None
+        self._introduction: Ready | Refused = Refused("nobody has shown it its KV")
         try:
             self._namespace = model_namespace(vllm_config, kv_cache_config, options)
-        except InputError as refusal:
-            _refuse(refusal, said_here=role == KVConnectorRole.SCHEDULER)
+        except ModelError as refusal:
+            self._introduction = Refused(str(refusal))
+            if role == KVConnectorRole.SCHEDULER:  # which else hears it from its workers
+                _say_refused(str(refusal))
             return
         self._shared = SharedStore(options)
         if role == KVConnectorRole.WORKER:
@@ -103,18 +115,17 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             if pages.layout.block_tokens != page_tokens:
                 raise LayoutError(f"its tensors' blocks are not of {page_tokens} tokens")
         except Exception as refusal:
-            _refuse(refusal, said_here=parallel.rank == 0)
+            self._introduction = Refused(str(refusal))
             return
         self._worker.pages = pages
+        self._introduction = Ready(self._namespace.fingerprint)
 
-    def get_handshake_metadata(self) -> Ready | None:
-        if self._worker is None or self._worker.pages is None:
-            return None
-        return Ready(self._namespace.fingerprint)
+    def get_handshake_metadata(self) -> Ready | Refused:
+        return self._introduction
 
     def handle_preemptions(self, kv_connector_metadata: Orders) -> None:
         if self._worker is not None:
-            self._worker.wait_for_saves(kv_connector_metadata.preempted)
+            self._worker.take_back(kv_connector_metadata.preempted)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
@@ -146,35 +157,44 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # ---- scheduler
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
-        """Begin to work when every worker has said that it knows its pages."""
-        parallel = self._vllm_config.parallel_config
-        ready = [each for each in metadata.values() if isinstance(each, Ready)]
-        if self._shared is None or len(ready) < parallel.world_size:
+        """Begin to work when every worker has said that it knows its pages.
+
+        Asked again when vLLM wakes up, by when what was stored before may have been forgotten.
+        """
+        if self._shared is None or self._scheduler is not None:
             return
-        if {each.fingerprint for each in ready} != {self._namespace.fingerprint}:
-            _refuse("the workers see another model's files", said_here=True)
+        workers = self._vllm_config.parallel_config.world_size
+        said = list(metadata.values())
+        ready = [each for each in said if isinstance(each, Ready)]
+        reasons = {each.reason for each in said if isinstance(each, Refused)}
+        if any(each.fingerprint != self._namespace.fingerprint for each in ready):
+            reasons.add("the workers see another model's files")
+        if len(said) < workers:
+            reasons.add(f"{workers - len(said)} of {workers} workers have said nothing")
+        if reasons:
+            _say_refused("; ".join(sorted(reasons)))
             return
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self._scheduler = Scheduler(
             self._shared.store,
             self._namespace,
-            self._salt,
             spec.block_size,
-            parallel.world_size,
+            workers,
             self._kv_transfer_config.kv_role,
         )
         log.info("kvstore: in use, namespace %s", self._namespace.fingerprint.hex())
 
     def on_new_request(self, request: Request) -> None:
         if self._scheduler is not None:
-            self._scheduler.arrived(request)
+            self._guard(None, self._scheduler.arrived, request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         if self._scheduler is None:
             return 0, False
-        tokens = self._scheduler.matched(request, num_computed_tokens)
+        none: int | None = 0
+        tokens = self._guard(none, self._scheduler.matched, request, num_computed_tokens)
         return tokens, bool(tokens)
 
     def update_state_after_alloc(
@@ -188,14 +208,20 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._scheduler is None:
             return Orders()
         state = scheduler_output.kv_connector_block_state
-        return self._scheduler.orders(
-            scheduler_output, lambda request_id: state.resolve_block_ids(request_id)[0]
-        )
+
+        def pages_of(request_id: str) -> list[int]:
+            pages: list[int] = state.resolve_block_ids(request_id)[0]
+            return pages
+
+        orders = self._scheduler.orders(scheduler_output)
+        self._guard(None, self._scheduler.computing, orders, scheduler_output, pages_of)
+        return orders
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if self._scheduler is not None:
             done = connector_output.kv_connector_worker_meta
-            self._scheduler.heard(done if isinstance(done, Done) else None)
+            if isinstance(done, Done):
+                self._guard(None, self._scheduler.heard, done)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -210,12 +236,15 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self.request_finished(request, [])
 
     def take_events(self) -> Iterable[Any]:
-        return () if self._events is None else list(self._events.take())
+        return () if self._events is None else self._guard([], self._events.take)
 
     def reset_cache(self) -> bool:
         """As after a change of weights: what was stored before is not found any more."""
         if self._scheduler is not None:
-            self._scheduler.forget()
+            pool = self._kv_cache_manager.block_pool
+            # As vLLM sees it, who has just tried to forget what is in its own; one is never used.
+            in_use = pool.num_gpu_blocks - pool.get_num_free_blocks() > 1
+            self._guard(None, self._scheduler.forget, in_use)
         return True
 
     # ---- both
@@ -227,7 +256,13 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_kv_connector_stats(self) -> KVStoreStats | None:
         side = self._worker or self._scheduler
-        return None if side is None else side.stats()
+        counts = None if side is None else side.counts()
+        return KVStoreStats(counts) if counts else None
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """Asked by 0.33. Nobody has tried whether pages come back as they were."""
+        return False
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVStoreStats:
@@ -239,13 +274,12 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """Ends what was begun, and closes the store. May be called twice."""
-        for side in (self._worker, self._scheduler):
+        for side in (self._worker, self._scheduler, self._events):
             if side is not None:
                 side.close()
         if self._shared is not None:
             self._shared.close()
 
 
-def _refuse(why: object, *, said_here: bool) -> None:
-    """One line in the log, of all that come to the same end."""
-    log.log(logging.WARNING if said_here else logging.DEBUG, "kvstore: running without it: %s", why)
+def _say_refused(why: str) -> None:
+    log.warning("kvstore: running without it: %s", why)

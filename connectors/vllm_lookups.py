@@ -8,10 +8,11 @@ from concurrent.futures import TimeoutError as NotYetError
 from dataclasses import dataclass
 
 from kvstore.connectors.accounts import Accounts
-from kvstore.connectors.connector import Connector, Found
+from kvstore.connectors.connector import DEADLINE_S, Connector, Found
+from kvstore.connectors.vllm_prefill import patience_s
 from kvstore.hashing import Chain
 
-GRACE_S = 0.001  # at most that long is the first answer waited for: most come in less
+GRACE_S = 0.001  # of a step, for all answers together: most come in less
 LATE_S = 0.5  # after that the prompt is computed without the store
 STALLED_S = 0.2  # a prefetch that brings nothing for so long is not waited for
 FRESH_S = 1.0  # how long an answer is believed
@@ -27,6 +28,7 @@ class Question:
     start: int
     future: Future[Found]
     asked_s: float
+    had_grace: bool = False
     ready: int = -1  # tokens in RAM, when we last looked
     progress_s: float = 0.0
     tokens: int | None = None  # the answer
@@ -39,6 +41,11 @@ class Lookups:
         self._accounts = accounts
         self._thread = ThreadPoolExecutor(1, "kvstore-lookup")
         self._stuck: Future[Found] | None = None
+        self._grace_s = GRACE_S
+
+    def step_begins(self) -> None:
+        """There is time again to wait for an answer."""
+        self._grace_s = GRACE_S
 
     def ask(self, connector: Connector, chain: Chain, start: int) -> Question:
         now_s = time.monotonic()
@@ -52,32 +59,37 @@ class Lookups:
         self._accounts.count("lookups")
         return Question(connector, chain, start, future, now_s, progress_s=now_s)
 
-    def answer(self, question: Question, patience_s: float = 0.0) -> int | None:
-        """How many tokens to load, all of them in RAM; None while that is not known."""
-        if question.tokens is not None:
-            return question.tokens
+    def answer(self, question: Question, waited_s: float) -> int | None:
+        """How many tokens to load, all of them in RAM; None while that is not known.
+
+        `waited_s` is how long the request has been kept from being computed by this.
+        """
+        if question.tokens is None:
+            question.tokens = self._answer(question, waited_s)
+        return question.tokens
+
+    def _answer(self, question: Question, waited_s: float) -> int | None:
         now_s = time.monotonic()
         try:
-            found = question.future.result(patience_s)
+            found = self._result(question)
         except NotYetError:
             if now_s - question.asked_s < LATE_S:
                 return None
             self._accounts.count("late_lookups")
             self._accounts.say("late", "the store does not answer, going on without it")
             self._stuck = question.future
-            question.tokens = 0
             return 0
         except Exception as error:
             self._accounts.store_failed("lookup", error)
-            question.tokens = 0
             return 0
         if found.ready_tokens >= found.tokens:
-            question.tokens = found.tokens
             return found.tokens
         if found.ready_tokens > question.ready:
             question.ready, question.progress_s = found.ready_tokens, now_s
         elif now_s - question.progress_s > STALLED_S:
-            question.tokens = found.ready_tokens
+            return found.ready_tokens
+        stop = question.start + found.tokens
+        if waited_s > (patience_s(question.connector.prefill, question.start, stop) or DEADLINE_S):
             return found.ready_tokens
         if now_s - question.asked_s > ROUND_S:
             question.asked_s = now_s
@@ -85,6 +97,17 @@ class Lookups:
                 _look, question.connector, question.chain, question.start
             )
         return None
+
+    def _result(self, question: Question) -> Found:
+        """Waits for a moment where it is the first time, and the step has time left for it."""
+        if question.had_grace or self._grace_s <= 0:
+            return question.future.result(0)
+        question.had_grace = True
+        start_s = time.monotonic()
+        try:
+            return question.future.result(self._grace_s)
+        finally:
+            self._grace_s -= time.monotonic() - start_s
 
     def is_fresh(self, question: Question) -> bool:
         """Whether the store was asked a moment ago."""

@@ -1,8 +1,7 @@
-"""What vLLM's KV is stored under: the model's namespace, and that of one request."""
+"""What vLLM's KV is stored under: the namespace of its model."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,26 +11,24 @@ import torch
 
 from kvstore.connectors.options import Options
 from kvstore.engine.hf_folder import HFFolder
-from kvstore.errors import LayoutError, ModelError
+from kvstore.errors import LayoutError, ModelError, SettingsError
 from kvstore.identity import Namespace, salt_digest
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.lora.request import LoRARequest
     from vllm.v1.kv_cache_interface import KVCacheConfig
-    from vllm.v1.request import Request
 
 # Of these the weights are the ones in the model's safetensors; "dummy" ones for example are not.
 _LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors")
 _KV_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_CHUNK_BYTES = 1 << 20
 
 
 def model_namespace(config: VllmConfig, kv_cache: KVCacheConfig, options: Options) -> Namespace:
     """That of kvstore's own engine for the same folder and dtype: what one stores, both find.
 
     Blocks for a second, to read samples of the weights. Raises ModelError, one line, for a model
-    whose KV is not known to be one K and one V for every token, layer and KV head.
+    whose KV is not known to be one K and one V for every token, layer and KV head, SettingsError
+    for settings that contradict themselves.
     """
     model, parallel = config.model_config, config.parallel_config
     spec = _full_attention(kv_cache)
@@ -42,7 +39,7 @@ def model_namespace(config: VllmConfig, kv_cache: KVCacheConfig, options: Option
             raise ModelError(f"{name} is above 1: workers hold only some of the tokens")
     if config.cache_config.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         raise ModelError(f"the KV cache is {config.cache_config.cache_dtype}, not {model.dtype}")
-    namespace = options.namespace or _of_folder(config, options)
+    namespace = _given(config, options) or _of_folder(config, options)
     heads = max(1, namespace.kv_heads // parallel.tensor_parallel_size)
     ours = (_KV_DTYPES.get(spec.dtype), len(_layers(kv_cache)), heads, spec.head_size)
     theirs = (namespace.kv_dtype, namespace.layers, spec.num_kv_heads, namespace.head_dim)
@@ -51,11 +48,25 @@ def model_namespace(config: VllmConfig, kv_cache: KVCacheConfig, options: Option
     return namespace
 
 
+def _given(config: VllmConfig, options: Options) -> Namespace | None:
+    """The one that the settings name, if they do, with their salt."""
+    namespace = options.namespace
+    if namespace is None:
+        return None
+    asked = config.kv_transfer_config.kv_connector_extra_config.get("block_tokens")
+    if asked not in (None, namespace.block_tokens):
+        raise SettingsError(
+            f"block_tokens is {asked}, but the namespace given is of blocks of "
+            f"{namespace.block_tokens} tokens"
+        )
+    return replace(namespace, salt=salt_digest(options.salt)) if options.salt else namespace
+
+
 def _of_folder(config: VllmConfig, options: Options) -> Namespace:
     model, load = config.model_config, config.load_config
     if load.load_format not in _LOAD_FORMATS:
         raise ModelError(f"weights of load format {load.load_format!r} cannot be told apart")
-    checkpoint = HFFolder(_folder(model))
+    checkpoint = HFFolder(_folder(model, load.download_dir))
     parts = checkpoint.config
     try:
         return Namespace(
@@ -74,22 +85,31 @@ def _of_folder(config: VllmConfig, options: Options) -> Namespace:
         raise ModelError(str(error)) from error
 
 
-def _folder(model: Any) -> Path:
-    """Where the model's files are: `model` is a folder, or a name that is in the hub's cache."""
+def _folder(model: Any, downloads: str | None) -> Path:
+    """Where the model's files are: `model` is a folder, or a name that is in the hub's cache.
+
+    `downloads` is where that is, if vLLM was told.
+    """
     if Path(model.model).is_dir():
         return Path(model.model)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+        found = snapshot_download(
+            model.model, revision=model.revision, cache_dir=downloads, local_files_only=True
+        )
+        return Path(found)
     except Exception as error:
         raise ModelError(f"the files of {model.model} are not here: {error}") from error
 
 
 def _changes(model: Any) -> str:
     """What vLLM was told to do otherwise than the folder's config says, on which KV depends."""
+    if model.hf_config_path not in (None, model.model):
+        raise ModelError(f"its config is not the model's own but that of {model.hf_config_path}")
     changes = {
         "quantization": model.quantization,
+        "quantization_config": model.quantization_config or None,
         "overrides": model.hf_overrides or None,
     }
     said = {name: value for name, value in changes.items() if value is not None}
@@ -115,56 +135,3 @@ def _full_attention(kv_cache: KVCacheConfig) -> Any:
 
 def _layers(kv_cache: KVCacheConfig) -> list[str]:
     return list(kv_cache.kv_cache_groups[0].layer_names)
-
-
-class RequestNamespaces:
-    """The namespace of each request: the model's, with its salt and its adapter."""
-
-    def __init__(self, model: Namespace, salt: str) -> None:
-        self._model = model
-        self._salt = salt
-        self._adapters: dict[tuple[int, str], str | None] = {}
-
-    def of(self, request: Request) -> Namespace | None:
-        """None for what the tokens alone do not tell: images, embeddings, unknown adapters.
-
-        The first request of an adapter waits until its files have been read.
-        """
-        if request.mm_features or request.prompt_embeds is not None or request.pooling_params:
-            return None
-        namespace = self._model
-        if request.cache_salt:
-            # JSON: no two pairs of texts are the same one.
-            salt = json.dumps([self._salt, request.cache_salt])
-            namespace = replace(namespace, salt=salt_digest(salt))
-        if request.lora_request is not None:
-            adapter = self._adapter(request.lora_request)
-            if adapter is None:
-                return None
-            namespace = replace(namespace, adapter=adapter)
-        return namespace
-
-    def _adapter(self, lora: LoRARequest) -> str | None:
-        name = (lora.lora_int_id, lora.lora_path)
-        if lora.load_inplace:
-            self._adapters.pop(name, None)
-        if name not in self._adapters:
-            self._adapters[name] = adapter_fingerprint(Path(lora.lora_path))
-        return self._adapters[name]
-
-
-def adapter_fingerprint(folder: Path) -> str | None:
-    """Hex sha256 over a LoRA's config and weights; None where they are not in `folder`."""
-    digest = hashlib.sha256()
-    try:
-        files = [folder / "adapter_config.json", *sorted(folder.glob("adapter_model.*"))]
-        if len(files) < 2:
-            return None
-        for file in files:
-            digest.update(f"\0{file.name} {file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                while chunk := stream.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-    except OSError:
-        return None
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +11,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from kvstore.connectors.accounts import ConnectorStats
+from kvstore.connectors.vllm_report import COUNTED, LOADED, MISSED
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-LOADED, MISSED, COUNTED = "loaded_tokens", "missed_blocks", "counted"
 _METRICS = {
     LOADED: ("Tokens whose KV came from kvstore, by the tier that it came from.", "tier"),
     MISSED: ("Blocks that were to be loaded from kvstore and did not come, by reason.", "reason"),
@@ -36,15 +34,6 @@ _COUNTERS = {
 
 class KVStoreStats(KVConnectorStats):  # type: ignore[misc]
     """Counts since the last report: `data` is kind -> name -> number."""
-
-    @classmethod
-    def between(cls, before: ConnectorStats | None, now: ConnectorStats) -> KVStoreStats:
-        """What came to pass between two looks at the accounts."""
-        data: dict[str, dict[str, int]] = {
-            kind: {name: number for name, number in counts.items() if number}
-            for kind, counts in _counts(now, before).items()
-        }
-        return cls({kind: counts for kind, counts in data.items() if counts})
 
     def reset(self) -> None:
         self.data: dict[str, Any] = {}
@@ -65,20 +54,6 @@ class KVStoreStats(KVConnectorStats):  # type: ignore[misc]
 
     def is_empty(self) -> bool:
         return not self.data
-
-
-def _counts(now: ConnectorStats, before: ConnectorStats | None) -> dict[str, Counter[str]]:
-    counted = {
-        LOADED: Counter(
-            ram=now.usage.ram_tokens, nvme=now.usage.nvme_tokens, remote=now.usage.remote_tokens
-        ),
-        MISSED: Counter(now.misses),
-        COUNTED: Counter(now.counters),
-    }
-    if before is not None:
-        for kind, earlier in _counts(before, None).items():
-            counted[kind].subtract(earlier)
-    return counted
 
 
 class KVStorePromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]

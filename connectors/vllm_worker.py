@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from kvstore.connectors.accounts import Accounts, ConnectorStats
-from kvstore.connectors.connector import SAVES_BEHIND, Connector
+from kvstore.connectors.accounts import Accounts
+from kvstore.connectors.connector import Connector
 from kvstore.connectors.convert import Pages
 from kvstore.connectors.vllm_jobs import Done, Job, Orders
-from kvstore.connectors.vllm_stats import KVStoreStats
+from kvstore.connectors.vllm_report import Counts, Report
+from kvstore.connectors.vllm_saves import Saves, TakenBackError
 from kvstore.identity import Namespace
 from kvstore.verbs import Store
 
 log = logging.getLogger(__name__)
 
 LOADS_AT_ONCE = 4
+CONNECTORS = 256  # namespaces whose connector is kept
 IDLE_S = 0.002  # that a step with nothing to compute waits for the store
 
 
@@ -36,14 +37,12 @@ class Worker:
         self._deadline_s = deadline_s
         self._reports = reports
         self._accounts = Accounts()
-        self._reported: ConnectorStats | None = None
-        self._has_news = False
+        self._report = Report(self._accounts)
         self._connectors: dict[Namespace, Connector] = {}
         self._lock = threading.Lock()
         self._loading = ThreadPoolExecutor(LOADS_AT_ONCE, "kvstore-load")
-        self._saving = ThreadPoolExecutor(1, "kvstore-save")
+        self._saves = Saves(self._save)
         self._loads: dict[str, Future[set[int]]] = {}
-        self._saves: defaultdict[str, set[Future[None]]] = defaultdict(set)
         self._held: set[str] = set()
         self._failed_pages: set[int] = set()
         self._done = Done()
@@ -51,32 +50,36 @@ class Worker:
     # ---- orders
 
     def start_loads(self, orders: Orders) -> None:
+        self._done.step = orders.step
         for job in orders.loads:
-            self._loads[job.request_id] = self._loading.submit(self._load, job)
+            until_s = time.monotonic() + min(self._deadline_s, job.deadline_s or self._deadline_s)
+            self._loads[job.request_id] = self._loading.submit(self._load, job, until_s)
 
     def start_saves(self, orders: Orders) -> None:
-        """The KV of these tokens has been computed. What there is no room for is dropped."""
-        for job in orders.saves:
-            waiting = sum(len(saves) for saves in self._saves.values())
-            if self.pages is None or waiting >= SAVES_BEHIND:
-                blocks = (job.stop - job.start) // job.chain.namespace.block_tokens
-                self._accounts.count("dropped_blocks", blocks)
-                self._has_news = True
-                self._done.saves[job.request_id] += 1
-            else:
-                self._saves[job.request_id].add(self._saving.submit(self._save, job))
+        """The KV of these tokens has been computed. What there is no room for is dropped.
 
-    def wait_for_saves(self, request_ids: set[str]) -> None:
-        """Their pages go to others: saves not begun are dropped, and the one that runs awaited."""
-        saves = [save for each in request_ids for save in self._saves.get(each, ())]
-        running = [save for save in saves if not save.cancel()]
-        wait(running)
+        Saves that wait are of half of the pages at most: of finished requests, they hold them.
+        """
+        waiting = self._saves.blocks
+        for job in orders.saves:
+            if self.pages is None or (waiting and waiting + job.blocks > self._most_waiting(job)):
+                self._accounts.count("dropped_blocks", job.blocks)
+                self._report.has_news = True
+                self._done.saves[job.request_id] += 1
+                self._done.drop(job.request_id, job.base + job.start)
+            else:
+                self._saves.add(job, self.pages)
+                waiting += job.blocks
+
+    def take_back(self, request_ids: set[str]) -> None:
+        """Their pages go to others: saves not begun are dropped, the one that runs is ended."""
+        self._saves.take_back(request_ids)
 
     def rest(self, orders: Orders) -> None:
         """Leave the processor to the threads in a step with nothing to compute, for a moment."""
         if not orders.is_idle:
             return
-        held = [save for each in self._held | orders.held for save in self._saves.get(each, ())]
+        held = self._saves.of(self._held | orders.held)
         pending: list[Future[Any]] = [*self._loads.values(), *held]
         if pending:
             wait(pending, IDLE_S, FIRST_COMPLETED)
@@ -88,19 +91,15 @@ class Worker:
     def finished(self, orders: Orders) -> tuple[set[str], set[str]]:
         """Held requests whose saves are done, and requests whose loads are."""
         self._held |= orders.held
-        for request_id, saves in list(self._saves.items()):
-            ended = {save for save in saves if save.done()}
-            saves -= ended
-            self._done.saves[request_id] += len(ended)
-            if not saves:
-                del self._saves[request_id]
-        saved = {each for each in self._held if each not in self._saves}
+        ended = self._saves.ended()
+        self._done.saves.update(ended)
+        saved = {each for each in self._held if not self._saves.of([each])}
         self._held -= saved
-        self._has_news |= bool(self._done.saves)
+        self._report.has_news |= bool(ended)
         loaded = {each for each, load in self._loads.items() if load.done()}
         for each in loaded:
             failed = self._loads.pop(each).result()
-            self._has_news = True
+            self._report.has_news = True
             self._failed_pages |= failed
             if failed:
                 self._done.failed_loads.add(each)
@@ -113,31 +112,31 @@ class Worker:
 
     def done(self) -> Done | None:
         done, self._done = self._done, Done()
-        return done if done.saves or done.failed_loads else None
+        return done if done else None
 
-    def stats(self) -> KVStoreStats | None:
-        if not (self._reports and self._has_news):
-            return None
-        self._has_news = False
-        now = self._accounts.stats()
-        before, self._reported = self._reported, now
-        stats = KVStoreStats.between(before, now)
-        return None if stats.is_empty() else stats
+    def counts(self) -> Counts | None:
+        """What has been counted since the last call, by the rank that speaks for all."""
+        return self._report.take() if self._reports else None
 
     def close(self) -> None:
         """Waits for the saves that were begun."""
         self._loading.shutdown()
-        self._saving.shutdown()
+        self._saves.close()
 
     # ---- in the threads
 
-    def _load(self, job: Job) -> set[int]:
+    def _load(self, job: Job, until_s: float) -> set[int]:
         """The pages that did not come whole."""
         assert self.pages is not None
         try:
             connector = self._connector(job.chain.namespace, self.pages)
             load = connector.load(
-                job.chain, job.table, self.pages, start_token=job.start, stop_token=job.stop
+                job.chain,
+                job.table,
+                self.pages,
+                start_token=job.start,
+                stop_token=job.stop,
+                deadline_s=max(0.0, until_s - time.monotonic()),
             )
             load.wait()
         except Exception as error:
@@ -146,21 +145,26 @@ class Worker:
             return set(job.table[job.start // size : -(-job.stop // size)])
         return load.failed_pages
 
-    def _save(self, job: Job) -> None:
-        assert self.pages is not None
+    def _save(self, job: Job, pages: Pages) -> None:
         try:
-            connector = self._connector(job.chain.namespace, self.pages)
-            connector.save(
-                job.chain, job.table, self.pages, start_token=job.start, stop_token=job.stop
-            )
+            connector = self._connector(job.chain.namespace, pages)
+            connector.save(job.chain, job.table, pages, start_token=job.start, stop_token=job.stop)
+        except TakenBackError:
+            pass  # what had been copied was not kept
         except Exception as error:
             self._accounts.store_failed("save", error)
+
+    def _most_waiting(self, job: Job) -> int:
+        """Blocks such as the job's."""
+        assert self.pages is not None
+        layout, size = self.pages.layout, job.chain.namespace.block_tokens
+        return layout.blocks * layout.block_tokens // size // 2
 
     def _connector(self, namespace: Namespace, pages: Pages) -> Connector:
         with self._lock:
             connector = self._connectors.get(namespace)
             if connector is None:
-                while len(self._connectors) >= 256:  # tenants come and go
+                while len(self._connectors) >= CONNECTORS:  # tenants come and go
                     del self._connectors[next(iter(self._connectors))]
                 connector = Connector(
                     self._store,

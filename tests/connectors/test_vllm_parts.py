@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import kvstore
 from kvstore.connectors.accounts import Accounts
-from kvstore.connectors.connector import Connector
 from kvstore.connectors.options import SharedStore, read_options
-from kvstore.connectors.vllm_lookups import LATE_S, Lookups
-from kvstore.connectors.vllm_namespace import RequestNamespaces
+from kvstore.connectors.vllm_guard import Guard
 from kvstore.connectors.vllm_pages import cpu_pages, proven
 from kvstore.connectors.vllm_prefill import PrefillClock
+from kvstore.connectors.vllm_report import Report
 from kvstore.errors import LayoutError, SettingsError
-from kvstore.hashing import TokenChain
 from kvstore.identity import Namespace
 from kvstore.layout import Shard
 from kvstore.planner import prefill_seconds
-from tests.daemon.doors import Daemon
-from tests.store.rig import put
+from kvstore.tier import Miss
 
 NAMESPACE = Namespace("tiny", "w", "t", "bfloat16", 3, 2, 8, 16, "")
 WHOLE = NAMESPACE.layout.whole
 PAGE = 32
-TOKENS = list(range(400))
 
 Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
@@ -86,90 +79,6 @@ def test_a_layout_that_nobody_knows_is_refused() -> None:
         tried(side_by_side)
 
 
-@pytest.fixture
-def lookups() -> Iterator[Lookups]:
-    lookups = Lookups(Accounts())
-    yield lookups
-    lookups.close()
-    lookups.join()
-
-
-def ask(lookups: Lookups, connector: Connector, tokens: Sequence[int]) -> tuple[int, int]:
-    """The answer, and how often it was asked for."""
-    chain = TokenChain(connector.namespace, tokens).chain()
-    question = lookups.ask(connector, chain, 0)
-    for asked in range(1, 100_000):
-        answer = lookups.answer(question, 0.01)
-        if answer is not None:
-            return answer, asked
-    raise AssertionError("no answer came")
-
-
-def test_what_is_on_nvme_is_in_ram_when_the_answer_comes(tmp_path: Path, lookups: Lookups) -> None:
-    chain = TokenChain(NAMESPACE, TOKENS).chain()
-    nvme = {"nvme_path": tmp_path / "nvme", "nvme_bytes": "16 MiB"}
-    with kvstore.open(ram_bytes="1 MiB", **nvme) as store:
-        put(store, chain)
-        assert store.flush(30)
-    with kvstore.open(ram_bytes="1 MiB", **nvme) as store, Connector(store, NAMESPACE) as connector:
-        assert store.probe(chain).tiers == ["nvme"] * 25
-        answer, asked = ask(lookups, connector, TOKENS)
-        assert answer == 400
-        assert asked > 1
-        assert store.probe(chain).tiers == ["ram"] * 25
-
-
-def test_a_store_that_does_not_answer_is_not_asked_again(tmp_path: Path) -> None:
-    accounts = Accounts()
-    lookups = Lookups(accounts)
-    with (
-        kvstore.open(ram_bytes="1 MiB") as store,
-        Daemon(store, tmp_path / "s") as daemon,
-        kvstore.connect(daemon.url, timeout_s=LATE_S * 4) as client,
-        Connector(client, NAMESPACE, accounts=accounts) as connector,
-    ):
-        put(store, TokenChain(NAMESPACE, TOKENS).chain())
-        with daemon.wedged():
-            assert ask(lookups, connector, TOKENS)[0] == 0
-            assert accounts.stats().counters["late_lookups"] == 1
-            assert ask(lookups, connector, TOKENS) == (0, 1)
-        lookups.close()
-        lookups.join()
-
-
-def request(**fields: Any) -> Any:
-    common: dict[str, Any] = {"mm_features": [], "prompt_embeds": None, "pooling_params": None}
-    return SimpleNamespace(**{**common, "cache_salt": None, "lora_request": None, **fields})
-
-
-def test_salts_and_adapters_are_namespaces(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    weights = tmp_path / "adapter_model.safetensors"
-    weights.write_bytes(b"one")
-    lora = SimpleNamespace(lora_int_id=1, lora_path=str(tmp_path), load_inplace=False)
-    namespaces = RequestNamespaces(NAMESPACE, "")
-    assert namespaces.of(request()) == NAMESPACE
-    salted = namespaces.of(request(cache_salt="a"))
-    adapted = namespaces.of(request(lora_request=lora))
-    both = namespaces.of(request(lora_request=lora, cache_salt="a"))
-    weights.write_bytes(b"two")
-    lora.load_inplace = True
-    changed = namespaces.of(request(lora_request=lora))
-    found = [NAMESPACE, salted, adapted, both, changed]
-    assert len(set(found)) == len(found)
-    assert None not in found
-
-
-@pytest.mark.parametrize("fields", [{"mm_features": ["image"]}, {"prompt_embeds": 1}])
-def test_what_tokens_do_not_tell_has_no_namespace(fields: dict[str, Any]) -> None:
-    assert RequestNamespaces(NAMESPACE, "").of(request(**fields)) is None
-
-
-def test_an_adapter_that_is_not_here_has_no_namespace(tmp_path: Path) -> None:
-    lora = SimpleNamespace(lora_int_id=1, lora_path=str(tmp_path), load_inplace=False)
-    assert RequestNamespaces(NAMESPACE, "").of(request(lora_request=lora)) is None
-
-
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -203,16 +112,53 @@ def test_two_who_say_the_same_have_one_store() -> None:
 def test_only_steps_of_one_prompt_alone_are_timed() -> None:
     clock = PrefillClock()
     for requests, tokens in [(2, 512), (1, 1)]:
-        clock.step_begins(requests, tokens, 0)
-        clock.step_has_ended()
-    clock.step_begins(1, 512, 0)
-    clock.step_begins(1, 512, 512)  # before the first has ended
-    clock.step_has_ended()
-    clock.step_has_ended()
+        clock.step_has_ended(clock.step_begins(requests, tokens, 0))
+    first = clock.step_begins(1, 512, 0)
+    second = clock.step_begins(1, 512, 512)  # before the first has ended
+    clock.step_has_ended(first)
+    clock.step_has_ended(second)
     assert clock.cost.observations == 0
-    clock.step_begins(1, 512, 0)
-    clock.step_has_ended()
+    clock.step_has_ended(clock.step_begins(1, 512, 0))
     assert clock.cost.observations == 1
     seconds = prefill_seconds(clock.cost, 0, 512)
     assert seconds is not None
     assert seconds > 0
+
+
+def test_a_step_whose_end_is_not_heard_of_does_not_stop_the_clock() -> None:
+    clock = PrefillClock()
+    clock.step_begins(1, 512, 0)
+    clock.step_has_ended(clock.step_begins(1, 512, 0))
+    assert clock.cost.observations == 0  # the first may have run beside it
+    clock.step_has_ended(clock.step_begins(1, 512, 0))
+    assert clock.cost.observations == 1
+
+
+def test_after_something_unexpected_nothing_is_called(caplog: pytest.LogCaptureFixture) -> None:
+    guard = Guard()
+    called: list[int] = []
+
+    def verb(number: int) -> int:
+        called.append(number)
+        return 100 // number
+
+    assert [guard(-1, verb, number) for number in (4, 0, 5)] == [25, -1, -1]
+    assert called == [4, 0]
+    (line,) = caplog.records
+    assert "running without it" in line.message
+    assert line.exc_info is not None
+
+
+def test_a_report_has_what_is_new() -> None:
+    accounts = Accounts()
+    report = Report(accounts)
+    accounts.count("lookups", 2)
+    assert report.take() is None
+    report.has_news = True
+    assert report.take() == {"counted": {"lookups": 2}}
+    accounts.count("lookups")
+    accounts.missed(3, Miss.ABSENT)
+    report.has_news = True
+    assert report.take() == {"counted": {"lookups": 1}, "missed_blocks": {"absent": 3}}
+    report.has_news = True
+    assert report.take() is None
