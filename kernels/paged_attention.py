@@ -10,7 +10,8 @@ measurements. It comes from three rules:
   one after another, so the order of additions depends on a key's position alone;
 - a matrix product never has fewer than MIN_ROWS rows: below, BLAS takes other kernels;
 - scores, softmax and sums are float32 whatever the KV's dtype is. (On a CPU converting K
-  and V first is also faster than bf16 products of this shape.)
+  and V first is also faster than bf16 products of this shape.) Scales of KV of one byte are
+  multiplied into queries and results, of which there are fewer than of keys.
 
 Query heads that share a KV head are rows of one product, so no K or V is ever repeated.
 """
@@ -24,6 +25,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from kvstore.kernels.quantise import UNIT, widen
 
 KEY_RUN = 128
 MIN_ROWS = 4
@@ -65,7 +68,8 @@ class PagedAttention:
     """Attention of one batch: made once a step, called once a layer.
 
     `kv` is [kv_heads, layers, 2, slots, head_dim]; K and V of the batch's own tokens must
-    be in it before the call. Views of the scratch memory are made here, not in every layer.
+    be in it before the call. `scales`, float32 [kv_heads, layers, 2], is what K and V of fp8
+    and int8 are multiplied by. Views of the scratch memory are made here, not in every layer.
     """
 
     def __init__(
@@ -76,7 +80,10 @@ class PagedAttention:
         heads: int,
         block_tokens: int,
         workspace: Workspace,
+        scales: Tensor | None = None,
     ) -> None:
+        if scales is not None:
+            scales = scales * UNIT[kv.dtype]
         firsts = [0]
         for span in spans:
             firsts.append(firsts[-1] + span.query_tokens)
@@ -89,6 +96,7 @@ class PagedAttention:
                 heads,
                 block_tokens,
                 workspace,
+                scales,
             )
             for members in rows
         ]
@@ -132,11 +140,12 @@ class _Group:
         heads: int,
         block_tokens: int,
         workspace: Workspace,
+        scales: Tensor | None,
     ) -> None:
         kv_heads, _, _, _, head_dim = kv.shape
         self.count, self.kv_heads, self.head_dim = len(spans), kv_heads, head_dim
         self.shared = heads // kv_heads  # query heads to a KV head
-        self.kv = kv
+        self.scales = scales
         queries = spans[0].query_tokens
         tile = min(queries, max(1, TILE_ROWS // self.shared))
         rows = max(MIN_ROWS, tile * self.shared)
@@ -168,8 +177,9 @@ class _Group:
         self.tail.zero_()  # a weight of 0 times what another sequence left here might be NaN
         for copy in self.copies:
             copy.run(layer)
+        scales = None if self.scales is None else self.scales[:, layer, :, None, None].unbind(1)
         for tile in self.tiles:
-            tile.attend(query, out)
+            tile.attend(query, out, scales)
 
 
 class _Tile:
@@ -206,14 +216,21 @@ class _Tile:
         self.query_in = self.query.view(in_rows)[:, :, :used].view(in_tokens)
         self.sums_out = self.sums.view(in_rows)[:, :, :used].view(in_tokens).transpose(1, 2)
 
-    def attend(self, query: Tensor, out: Tensor) -> None:
-        self.query_in.copy_(query.index_select(0, self.rows).view(self.shape).transpose(1, 2))
+    def attend(self, query: Tensor, out: Tensor, scales: Sequence[Tensor] | None) -> None:
+        """`scales`: those of K and of V, [kv_heads, 1, 1]."""
+        query_in = query.index_select(0, self.rows).view(self.shape)
+        if scales is not None:
+            query_in *= scales[0]
+        self.query_in.copy_(query_in.transpose(1, 2))
         self.scores.baddbmm_(self.query, self.keys, beta=0, alpha=self.scale)
         self.maybe_hidden.masked_fill_(self.hidden, -inf)
         torch.softmax(self.scores, -1, out=self.scores)
         for number, (weights, values) in enumerate(self.runs):
             self.sums.baddbmm_(weights, values, beta=min(number, 1))
-        out.index_copy_(0, self.rows, self.sums_out.reshape(self.rows.shape[0], -1))
+        sums = self.sums_out
+        if scales is not None:
+            sums = sums * scales[1]
+        out.index_copy_(0, self.rows, sums.reshape(self.rows.shape[0], -1))
 
 
 class _Copy:
@@ -228,7 +245,7 @@ class _Copy:
         source = self.source.select(1, layer)
         if self.slots is not None:
             source = source.index_select(2, self.slots)
-        self.target.copy_(source)
+        widen(source, self.target)
 
 
 def _copies(

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvstore.engine.batch import SequenceSpan
 from kvstore.engine.config import ModelConfig
 from kvstore.kernels.paged_attention import PagedAttention, Workspace
+from kvstore.kernels.quantise import quantise
 
 # `write(pairs, layer)`: K and V, [rows, 2, kv_heads, head_dim]; of rows that pad the batch
 # nothing is written.
@@ -48,15 +49,19 @@ class Attention(Protocol):
 class HostAttention:
     """Plain torch, and the same bits in any company: docs/adr/0020-determinism.md."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, device: torch.device, scales: Tensor | None = None
+    ) -> None:
+        """`scales` float32 [kv_heads, layers, 2], for KV of fp8 or int8."""
         self._heads = config.heads
+        self._scales = scales
         self._workspace = Workspace(device)
 
     def writer(self, slots: Tensor, kv: Tensor) -> Write:
         slots = slots[: int((slots >= 0).sum())]
 
         def write(pairs: Tensor, layer: int) -> None:
-            kv[:, layer].index_copy_(2, slots, pairs[: len(slots)].permute(2, 1, 0, 3))
+            write_pairs(pairs[: len(slots)], kv, layer, slots, self._scales)
 
         return write
 
@@ -67,6 +72,7 @@ class HostAttention:
             heads=self._heads,
             block_tokens=block_tokens,
             workspace=self._workspace,
+            scales=self._scales,
         )
 
     def of_tables(
@@ -78,3 +84,16 @@ class HostAttention:
             if tokens
         ]
         return self.of_spans(spans, kv, block_tokens)
+
+
+def write_pairs(
+    pairs: Tensor, kv: Tensor, layer: int, slots: Tensor, scales: Tensor | None
+) -> None:
+    """K and V, [T, 2, kv_heads, head_dim], to slots [T] of one layer, quantised if need be."""
+    pairs = pairs.permute(2, 1, 0, 3)
+    if scales is None:
+        kv[:, layer].index_copy_(2, slots, pairs)
+        return
+    coded = quantise(pairs, scales[:, layer, :, None, None], kv.dtype)
+    # As bits, since torch does not copy every dtype by index.
+    kv[:, layer].view(torch.int8).index_copy_(2, slots, coded.view(torch.int8))

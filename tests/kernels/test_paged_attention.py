@@ -12,11 +12,14 @@ from torch import Tensor
 
 from kvstore.kernels import reference
 from kvstore.kernels.paged_attention import KEY_RUN, PagedAttention, Workspace
+from kvstore.kernels.quantise import quantise
 
 BLOCK_TOKENS = 4
 BLOCKS = 160
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 6, 2, 16, 2
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8)
+# Of each KV head, layer, K and V; no two alike.
+SCALES = torch.rand(KV_HEADS, LAYERS, 2, generator=torch.Generator().manual_seed(7)) + 0.5
 
 
 @dataclass
@@ -30,7 +33,23 @@ class Span:
 def kv(request: pytest.FixtureRequest) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (KV_HEADS, LAYERS, 2, BLOCKS * BLOCK_TOKENS, HEAD_DIM)
-    return torch.randn(shape, generator=generator).to(request.param)
+    values, dtype = torch.randn(shape, generator=generator), request.param
+    if dtype.itemsize > 1:
+        return values.to(dtype)
+    scales = scales_of(torch.empty(0, dtype=dtype))
+    assert scales is not None
+    return quantise(values, scales[..., None, None], dtype)
+
+
+def scales_of(kv: Tensor) -> Tensor | None:
+    if kv.element_size() > 1:
+        return None
+    return SCALES / (127 if kv.dtype == torch.int8 else 448)
+
+
+def bits(kv: Tensor) -> Tensor:
+    """Torch does not index every dtype."""
+    return kv.view(torch.int8) if kv.element_size() == 1 else kv
 
 
 def query_of(tokens: int, seed: int = 0) -> Tensor:
@@ -44,7 +63,12 @@ def scattered(tokens: int, seed: int = 0) -> list[int]:
 
 def attend(spans: Sequence[Span], kv: Tensor, query: Tensor, layer: int = 0) -> Tensor:
     attention = PagedAttention(
-        spans, kv, heads=HEADS, block_tokens=BLOCK_TOKENS, workspace=Workspace()
+        spans,
+        kv,
+        heads=HEADS,
+        block_tokens=BLOCK_TOKENS,
+        workspace=Workspace(),
+        scales=scales_of(kv),
     )
     return attention(query, layer)
 
@@ -65,8 +89,9 @@ SPANS = [
 @pytest.mark.parametrize("spans", SPANS, ids=range(len(SPANS)))
 def test_as_the_reference(spans: list[Span], kv: Tensor, layer: int) -> None:
     query = query_of(sum(span.query_tokens for span in spans))
-    heads = query.view(-1, HEADS, HEAD_DIM)
-    expected = reference.paged_attention(heads, kv, layer, spans, BLOCK_TOKENS)
+    heads, scales = query.view(-1, HEADS, HEAD_DIM), scales_of(kv)
+    wide = kv.double() if scales is None else kv.double() * scales[..., None, None].double()
+    expected = reference.paged_attention(heads, wide, layer, spans, BLOCK_TOKENS)
     out = attend(spans, kv, query, layer).view(heads.shape)
     torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
 
@@ -104,9 +129,8 @@ def test_the_same_bits_wherever_the_blocks_lie(kv: Tensor) -> None:
     other = kv.clone()
     offsets = torch.arange(BLOCK_TOKENS)
     for source, target in zip(table, run, strict=True):
-        other[:, :, :, target * BLOCK_TOKENS + offsets] = kv[
-            :, :, :, source * BLOCK_TOKENS + offsets
-        ]
+        place = target * BLOCK_TOKENS + offsets
+        bits(other)[:, :, :, place] = bits(kv)[:, :, :, source * BLOCK_TOKENS + offsets]
     query = query_of(7)
     here = attend([Span(7, tokens - 7, table)], kv, query)
     assert torch.equal(attend([Span(7, tokens - 7, run)], other, query), here)
@@ -117,7 +141,7 @@ def test_what_is_beyond_a_sequence_is_not_looked_at(kv: Tensor) -> None:
     table = [3, 4]
     query = query_of(1)
     clean = attend([Span(1, 4, table)], kv, query)
-    kv[:, :, :, 4 * BLOCK_TOKENS + 1 :] = float("nan")
+    kv[:, :, :, 4 * BLOCK_TOKENS + 1 :] = -128 if kv.dtype == torch.int8 else float("nan")
     assert torch.equal(attend([Span(1, 4, table)], kv, query), clean)
 
 
