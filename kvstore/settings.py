@@ -166,11 +166,23 @@ class EngineSettings(_Group):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Of weights and KV; `auto` is bfloat16."
     )
-    hbm_bytes: Size = Field(
-        default=512 * MiB,
+    device: str = Field(
+        default="cpu",
+        max_length=64,
+        description="What the engine computes on: `cpu`, `cuda`, or one of several, `cuda:1`.",
+    )
+    hbm_bytes: Size | None = Field(
+        default=None,
         ge=MiB,
         le=64 * TiB,
-        description="KV blocks that the engine keeps on its device; allocated once.",
+        description="KV blocks that the engine keeps on its device; allocated once. When not set "
+        "512 MiB on a CPU, and on a GPU what `hbm_fraction` leaves.",
+    )
+    hbm_fraction: float = Field(
+        default=0.9,
+        ge=0.01,
+        le=1,
+        description="Of a GPU's memory, for weights, KV and the largest step together.",
     )
     block_tokens: Whole = Field(
         default=16,
@@ -378,7 +390,7 @@ def _accepts(name: str, field: Any) -> str:
         return f'a size {bounds}, such as "500MB" or "1 GiB"'
     if name.endswith("_s"):
         return f'a time {bounds}, such as "500ms" or "2s"'
-    return f"a whole number {bounds}"
+    return f"a number {bounds}" if field.annotation is float else f"a whole number {bounds}"
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:

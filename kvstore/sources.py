@@ -152,8 +152,10 @@ def _check_fits(settings: Settings, given: Layer) -> None:
     """Refuse sizes that this machine cannot have; the arena and the file are allocated at once."""
     limits = [
         ("ram.capacity_bytes", settings.ram.capacity_bytes, memory_bytes(), "of memory here"),
-        ("engine.hbm_bytes", settings.engine.hbm_bytes, memory_bytes(), "of memory here"),
     ]
+    engine = settings.engine
+    if engine.device == "cpu" and engine.hbm_bytes is not None:
+        limits.append(("engine.hbm_bytes", engine.hbm_bytes, memory_bytes(), "of memory here"))
     path = settings.nvme.path
     # One that is there keeps the capacity it was made for, unless another is given.
     if path is not None and ("nvme.capacity_bytes" in given or not has_tier(path)):

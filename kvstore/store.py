@@ -111,6 +111,12 @@ class BlockStore:
         """The memory behind all views, for a daemon to share with its clients."""
         return self._hub.ram.arena
 
+    def memory(self) -> memoryview:
+        """The arena's, populated: see `verbs.Store`."""
+        arena = self._hub.ram.arena
+        arena.populate(len(arena.buffer))
+        return arena.buffer
+
     def subscribe(self, wake: Callable[[], None]) -> Callable[[], None]:
         """Have `wake` called whenever a block has arrived or was written; the result undoes it.
 

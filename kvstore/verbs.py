@@ -121,6 +121,13 @@ class Store(Protocol):
 
     def queued_bytes(self) -> Mapping[str, int]: ...
 
+    def memory(self) -> memoryview | None:
+        """What all views are parts of, for those who pin it; None where it is not one piece.
+
+        Blocks until it is there as a whole, for seconds where it is large.
+        """
+        ...
+
     def flush(self, timeout_s: float | None = None) -> bool: ...
 
     def close(self) -> None: ...

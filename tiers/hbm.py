@@ -11,6 +11,7 @@ from kvstore.errors import SettingsError
 from kvstore.layout import BlockLayout
 from kvstore.tiers.block_pool import BlockPool
 from kvstore.tiers.hbm_copies import CopyStream, HostCopies
+from kvstore.tiers.hbm_cuda import CudaCopies
 
 TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,7 +42,7 @@ class HbmTier:
             dtype=TORCH_DTYPE[layout.dtype],
             device=device,
         )
-        self.copies: CopyStream = HostCopies(self.kv, layout)
+        self.copies = _copies_over(self.kv, layout)
 
     @property
     def capacity_tokens(self) -> int:
@@ -59,3 +60,7 @@ class HbmTier:
     def _block(self, block: int) -> Tensor:
         tokens = self.layout.block_tokens
         return self.kv[:, :, :, block * tokens : (block + 1) * tokens]
+
+
+def _copies_over(kv: Tensor, layout: BlockLayout) -> CopyStream:
+    return CudaCopies.over(kv, layout) if kv.device.type == "cuda" else HostCopies(kv, layout)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.cli.console import progress
 from kvstore.cli.model_package import fetch_demo_model
+from kvstore.engine.hbm_size import CPU_BYTES
 from kvstore.errors import InputError, ModelError, SettingsError
 from kvstore.machine import memory_bytes
 from kvstore.quantities import format_size, format_time
@@ -94,7 +95,9 @@ def running_engine(settings: Settings) -> Iterator[Engine]:
                 path,
                 store=store,
                 dtype=asked.dtype,
-                hbm_bytes=asked.hbm_bytes,
+                device=asked.device,
+                hbm_bytes=asked.hbm_bytes or "auto",
+                hbm_fraction=asked.hbm_fraction,
                 block_tokens=asked.block_tokens,
                 max_batch=asked.max_batch,
                 prefill_chunk_tokens=asked.prefill_chunk_tokens,
@@ -106,10 +109,12 @@ def running_engine(settings: Settings) -> Iterator[Engine]:
 
 
 def _check_both_fit(settings: Settings) -> None:
-    """Each fits alone, or the settings would have been refused. The commands' device is the CPU."""
+    """Each fits alone, or the settings would have been refused."""
+    if settings.engine.device != "cpu":
+        return
     ram_bytes, hbm_bytes, room = (
         settings.ram.capacity_bytes,
-        settings.engine.hbm_bytes,
+        settings.engine.hbm_bytes or CPU_BYTES,
         memory_bytes(),
     )
     if ram_bytes + hbm_bytes > room:

@@ -17,6 +17,7 @@ from kvstore.answers import Explanation, Probe, Stats
 from kvstore.client.lease import ClientLease, NoLease
 from kvstore.client.link import Link
 from kvstore.client.reservation import ClientReservation, NoReservation
+from kvstore.client.shared_link import SharedLink
 from kvstore.errors import ClosedError, ConnectionLostError, KVStoreError, WireError
 from kvstore.hashing import Chain
 from kvstore.planner import LinearCost
@@ -102,6 +103,11 @@ class StoreClient:
     def queued_bytes(self) -> Mapping[str, int]:
         link = self._link
         return {} if link is None else link.queued_bytes()
+
+    def memory(self) -> memoryview | None:
+        """The arena of a daemon on this machine, as long as it is the one connected to."""
+        link = self._link
+        return link.arena if isinstance(link, SharedLink) else None
 
     # ---- reading
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Self
 
 from kvstore.engine.checkpoint import Progress
-from kvstore.engine.forward import Forward
+from kvstore.engine.device import device_of
+from kvstore.engine.hbm_size import FRACTION
 from kvstore.engine.loading import LoadedModel, load
 from kvstore.engine.loop import Loop
 from kvstore.engine.naming import namespace_of, torch_dtype
@@ -37,7 +38,8 @@ class Engine:
         model: LoadedModel,
         *,
         store: Store | None = None,
-        hbm_bytes: int | str = "512 MiB",
+        hbm_bytes: int | str = "auto",
+        hbm_fraction: float = FRACTION,
         block_tokens: int = 16,
         max_batch: int = 8,
         prefill_chunk_tokens: int = 512,
@@ -45,7 +47,8 @@ class Engine:
     ) -> None:
         """`hbm_bytes` of KV are allocated here, once. For the rest see `from_pretrained`.
 
-        Raises SettingsError for values that cannot be.
+        Raises SettingsError for values that cannot be, KernelError where CUDA's tools are
+        missing.
         """
         for name, value in (
             ("max_batch", max_batch),
@@ -57,9 +60,14 @@ class Engine:
         self.namespace = namespace_of(
             model, model.decoder.dtype, block_tokens=block_tokens, salt=salt
         )
-        hbm = HbmTier(self.namespace.layout, _capacity(hbm_bytes), model.decoder.device)
+        layout, device = self.namespace.layout, device_of(model.decoder, max_batch)
+        if not 0 < hbm_fraction <= 1:
+            raise SettingsError(f"hbm_fraction is {hbm_fraction}, it must be above 0 and at most 1")
+        if hbm_bytes == "auto":
+            hbm_bytes = device.hbm_bytes(layout, prefill_chunk_tokens, hbm_fraction)
+        hbm = HbmTier(layout, _capacity(hbm_bytes), model.decoder.device)
         self._loop = Loop(
-            Forward(model.decoder, hbm),
+            device,
             hbm,
             store,
             max_batch=max_batch,
@@ -80,7 +88,8 @@ class Engine:
         store: Store | None = None,
         dtype: str = "auto",
         device: str = "cpu",
-        hbm_bytes: int | str = "512 MiB",
+        hbm_bytes: int | str = "auto",
+        hbm_fraction: float = FRACTION,
         block_tokens: int = 16,
         max_batch: int = 8,
         prefill_chunk_tokens: int = 512,
@@ -89,15 +98,20 @@ class Engine:
     ) -> Engine:
         """Load a Hugging Face folder or a GGUF file, and make an engine of it. Takes seconds.
 
-        `dtype` is that of weights and KV ("auto": bfloat16). At most `max_batch` sequences are
-        computed in one step, and `prefill_chunk_tokens` tokens of their prompts.
+        `dtype` is that of weights and KV ("auto": bfloat16). `device` is "cpu", "cuda" or
+        "cuda:N". `hbm_bytes` of KV are kept there; "auto" is 512 MiB on a CPU, and on a GPU
+        what `hbm_fraction` of its memory leaves beside the weights and the largest step. At most
+        `max_batch` sequences are computed in one step, and `prefill_chunk_tokens` tokens of their
+        prompts.
         `salt` separates what this engine stores from all who have another one.
-        Raises ModelError when the model cannot be used.
+        Raises ModelError when the model cannot be used, SettingsError for a device that is not
+        here, KernelError where CUDA's tools are missing.
         """
         return cls(
             load(path, torch_dtype(dtype), device, progress),
             store=store,
             hbm_bytes=hbm_bytes,
+            hbm_fraction=hbm_fraction,
             block_tokens=block_tokens,
             max_batch=max_batch,
             prefill_chunk_tokens=prefill_chunk_tokens,

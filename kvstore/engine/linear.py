@@ -38,6 +38,12 @@ class Linear:
             return functional.linear(x, self._weight, self._bias)
         return _mkldnn_linear(x, self._packed, self._bias, "none")
 
+    def in_float32(self) -> Linear:
+        """The same weights, in memory of their own."""
+        packed, bias = self._packed, self._bias
+        weight = self._weight if packed is None else packed.to_dense()
+        return Linear(weight.float(), None if bias is None else bias.float())
+
     def silu(self, x: Tensor) -> Tensor:
         """silu(self(x))"""
         if self._packed is None:

@@ -9,6 +9,7 @@ import torch
 
 from kvstore.engine.checkpoint import Checkpoint, Progress
 from kvstore.engine.config import ModelConfig
+from kvstore.engine.device_name import torch_device
 from kvstore.engine.gguf_file import GGUFFile
 from kvstore.engine.hf_folder import HFFolder
 from kvstore.engine.model import Decoder
@@ -55,12 +56,14 @@ def load(
 ) -> LoadedModel:
     """Load the model at `path`, a folder or a .gguf file. Blocks for seconds.
 
-    Raises ModelError, one line, when there is no model that this decoder can run.
+    Raises ModelError, one line, when there is no model that this decoder can run, and
+    SettingsError when the device is not here.
     """
+    device = torch_device(device)
     checkpoint = open_checkpoint(Path(path))
     tokenizer = checkpoint.tokenizer()  # first: what is wrong with it shows before the long part
     return LoadedModel(
-        decoder=Decoder.load(checkpoint, dtype, torch.device(device), progress),
+        decoder=Decoder.load(checkpoint, dtype, device, progress),
         config=checkpoint.config,
         tokenizer=tokenizer,
         weights_fingerprint=checkpoint.weights_fingerprint(),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 
 from torch import Tensor
 
-from kvstore.engine.forward import Forward
+from kvstore.engine.device import Device, Observe
 from kvstore.engine.offload import Offload
 from kvstore.engine.output import Delta, EngineStats
 from kvstore.engine.request import Request
@@ -30,7 +31,7 @@ class Loop:
 
     def __init__(
         self,
-        forward: Forward,
+        device: Device,
         hbm: HbmTier,
         store: Store | None,
         *,
@@ -39,7 +40,8 @@ class Loop:
     ) -> None:
         self.hbm = hbm
         self.requests: dict[int, Request] = {}  # not finished, by id
-        self._forward = forward
+        self._device = device
+        self._forward = device.forward(hbm, store)
         self._prefill_cost = LinearCost()
         self._scheduler = Scheduler(
             hbm.pool, max_batch=max_batch, chunk_tokens=chunk_tokens, demote=self._demote
@@ -75,22 +77,31 @@ class Loop:
 
     def advance(self) -> list[Delta]:
         """One step: at most one token for each sequence. Waits only when none can be computed."""
-        self._admit()
-        step = self._scheduler.plan()
+        phase = self._device.phase
+        with phase("plan"):
+            self._admit()
+            step = self._scheduler.plan()
         if not step.pieces:
-            if self._offload is not None:
-                self._offload.wait()
+            with phase("wait"):
+                if self._offload is not None:
+                    self._offload.wait()
             return []
-        self.hbm.duplicate(step.copies)
         finishing = [piece.sequence for piece in step.pieces if piece.finishes]
         gates = [] if self._offload is None else self._offload.take_gates()
-        began_s = time.monotonic()
-        tokens = iter(self._draw(finishing, self._forward(step.pieces, gates)))
-        self._observe(step.pieces, time.monotonic() - began_s)
+        observe = self._prefill_of(step.pieces)
+        stop = None if observe is None else self._device.stopwatch()
+        with phase("compute"):
+            self.hbm.duplicate(step.copies)
+            logits = self._forward(step.pieces, gates)
+        with phase("draw"):
+            tokens = iter(self._draw(finishing, logits))
+        if stop is not None and observe is not None:
+            stop(observe)
         for piece in step.pieces:
             self._scheduler.advance(piece)
-        if self._offload is not None:
-            self._offload.offer(piece.sequence for piece in step.pieces)
+        with phase("offload"):
+            if self._offload is not None:
+                self._offload.offer(piece.sequence for piece in step.pieces)
         deltas = []
         for sequence in finishing:
             siblings = self._scheduler.fork(sequence)
@@ -125,7 +136,7 @@ class Loop:
             self.abort(request_id)
         if self._offload is not None:
             self._offload.close()
-        del self._forward
+        del self._forward, self._device
         self.hbm.close()
 
     def _admit(self) -> None:
@@ -173,12 +184,12 @@ class Loop:
         if self._offload is not None:
             self._offload.demote(sequence)
 
-    def _observe(self, pieces: Sequence[Piece], elapsed_s: float) -> None:
-        """Learn the speed of prefill from a step that was one."""
+    def _prefill_of(self, pieces: Sequence[Piece]) -> Observe | None:
+        """What learns the speed of prefill from a step that is one; to be told the time it took."""
         if all(piece.tokens == 1 for piece in pieces):
-            return
+            return None
         tokens = sum(piece.tokens for piece in pieces)
         positions = sum(
             piece.tokens * (piece.sequence.computed_tokens + piece.tokens / 2) for piece in pieces
         )
-        self._prefill_cost.observe(tokens, positions, elapsed_s)
+        return partial(self._prefill_cost.observe, tokens, positions)

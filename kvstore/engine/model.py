@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, rms_norm
 
 from kvstore.engine.attention import Attention, HostAttention, Write
-from kvstore.engine.batch import Batch, DecodeRows
+from kvstore.engine.batch import Batch, DecodeRows, SequenceSpan
 from kvstore.engine.checkpoint import Checkpoint, Progress
 from kvstore.engine.config import ModelConfig
 from kvstore.engine.linear import MIN_ROWS, Linear
@@ -28,6 +29,16 @@ class _Layer:
     gate: Linear
     up: Linear
     down: Linear
+
+    def in_float32(self) -> _Layer:
+        parts = (getattr(self, field.name) for field in fields(self))
+        return _Layer(*(_in_float32(part) for part in parts))
+
+
+def _in_float32(part: Tensor | Linear | None) -> Any:
+    if isinstance(part, Linear):
+        return part.in_float32()
+    return None if part is None else part.float()
 
 
 class Decoder:
@@ -127,6 +138,28 @@ class Decoder:
             hidden = self._mix(layer, attend(query, number), hidden)
         return self._logits(hidden, len(hidden))
 
+    @torch.inference_mode()
+    def pairs_in_float32(self, tokens: Sequence[int]) -> Iterator[Tensor]:
+        """K and V of a prompt, layer by layer, whatever the decoder's own dtype: float32
+        [kv_heads, 2, tokens, head_dim].
+
+        Takes memory for one layer in float32 at a time.
+        """
+        c, count = self.config, len(tokens)
+        span = SequenceSpan(count, 0, [0])
+        batch = Batch.build([span], [tokens], block_tokens=count, device=self.device)
+        kv = torch.zeros((c.kv_heads, 1, 2, count, c.head_dim), device=self.device)
+        attention = HostAttention(c, self.device)
+        write = attention.writer(batch.slots, kv)
+        attend = attention.of_spans(batch.spans, kv, count)
+        hidden = self._embedding[_padded(batch.tokens)].float()
+        cos, sin = self._rotary.at(_padded(batch.positions), count)
+        for own in self._layers:
+            layer = own.in_float32()
+            query = self._store_kv(layer, hidden, cos, sin, write, 0)
+            yield kv[:, 0]
+            hidden = self._mix(layer, attend(query, 0), hidden)
+
     def _store_kv(
         self, layer: _Layer, hidden: Tensor, cos: Tensor, sin: Tensor, write: Write, number: int
     ) -> Tensor:
@@ -144,7 +177,7 @@ class Decoder:
 
     def _mix(self, layer: _Layer, attended: Tensor, hidden: Tensor) -> Tensor:
         """What follows attention in a layer."""
-        hidden = layer.output.plus(attended.to(self.dtype), hidden)
+        hidden = layer.output.plus(attended.to(hidden.dtype), hidden)
         x = self._norm_rows(hidden, layer.post_norm)
         return layer.down.plus(layer.up.times(x, layer.gate.silu(x)), hidden)
 

@@ -23,7 +23,7 @@ def test_defaults(here: Callable[..., Done], command: str) -> None:
         ("--max-tokens", SamplingParams().max_tokens),
         ("--temperature", SamplingParams().temperature),
         ("--ram-bytes", defaults["ram.capacity_bytes"]),
-        ("--hbm-bytes", defaults["engine.hbm_bytes"]),
+        ("--device", defaults["engine.device"]),
     ):
         about = options.partition(f" {flag} ")[2].partition(" --")[0]
         assert about.endswith(f"[default: {default}]")

@@ -97,3 +97,10 @@ def test_a_model_cache_that_is_closed(home: Path, tmp_path: Path) -> None:
         )
     finally:
         cache.chmod(0o700)
+
+
+def test_a_device_that_is_not_here(here: Callable[..., Done], model: Path) -> None:
+    done = here("generate", "--device", "cuda:99", "--model", str(model), "hi")
+    refused(done, "device cuda:99", "torch")
+    done = here("generate", "--device", "abacus", "--model", str(model), "hi")
+    refused(done, "'abacus' is not one of cpu, cuda")
