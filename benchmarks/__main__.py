@@ -10,10 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import machine, plots, report
+from benchmarks import machine, plots
 from benchmarks.catalogue import CATALOGUE, select
 from benchmarks.harness import FULL, QUICK, Bench, outcome
-from benchmarks.rows import Row, Unmeasured
+from kvstore.bench import report
+from kvstore.bench.rows import Row, Unmeasured
 
 PIPED_COLUMNS = 140  # of a table that goes to a file
 RESULTS = Path(__file__).parent / "results"

@@ -13,7 +13,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from benchmarks.harness import NotHereError, Turn, Workload
+from benchmarks.harness import Workload
+from kvstore.bench.rows import NotHereError
+from kvstore.bench.turns import Turn
 
 Pattern = Literal["randread", "randwrite"]
 

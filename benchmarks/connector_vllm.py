@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 import kvstore
 from benchmarks import generation, model
 from benchmarks.generation import Generate, Prompts
-from benchmarks.harness import Bench, Benchmark, Turn, medians
+from benchmarks.harness import Bench, Benchmark
 from benchmarks.peers import python_of
-from benchmarks.rows import Row
 from benchmarks.servers import daemon
 from benchmarks.workers.lines import Worker
+from kvstore.bench.rows import Row
+from kvstore.bench.turns import Turn, medians
 from kvstore.hashing import TokenChain
 from kvstore.identity import Namespace
 from kvstore.verbs import Store

@@ -16,10 +16,11 @@ import numpy as np
 
 import kvstore
 from benchmarks import blocks
-from benchmarks.harness import Bench, Benchmark, Turn, Workload, rates, rounds, timed
+from benchmarks.harness import Bench, Benchmark, Workload
 from benchmarks.ram import copying_in, copying_out, get, putting
-from benchmarks.rows import Row
 from benchmarks.servers import daemon
+from kvstore.bench.rows import Row
+from kvstore.bench.turns import Turn, rates, rounds, timed
 from kvstore.hashing import Chain
 from kvstore.verbs import Store
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import kvstore
 from benchmarks import generation, model
-from benchmarks.harness import Bench, Benchmark, NotHereError, medians
-from benchmarks.rows import Row
+from benchmarks.harness import Bench, Benchmark
+from kvstore.bench.rows import NotHereError, Row
+from kvstore.bench.turns import medians
 
 AT_LEAST = 0.97
 BATCHES = (1, 8)

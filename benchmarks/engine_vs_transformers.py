@@ -9,8 +9,9 @@ from typing import Any
 
 from benchmarks import generation, model
 from benchmarks.generation import Generate, Prompts
-from benchmarks.harness import Bench, Benchmark, NotHereError, Turn, medians
-from benchmarks.rows import Row
+from benchmarks.harness import Bench, Benchmark
+from kvstore.bench.rows import NotHereError, Row
+from kvstore.bench.turns import Turn, medians
 
 PREFILL_AT_LEAST = 1.0
 DECODE_AT_LEAST = {1: 1.5, 8: 1.3}

@@ -9,8 +9,8 @@ from benchmarks.engine_vs_transformers import compare
 from benchmarks.generation import Prompts
 from benchmarks.harness import Bench, Benchmark
 from benchmarks.peers import python_of
-from benchmarks.rows import Row
 from benchmarks.workers.lines import Worker
+from kvstore.bench.rows import Row
 
 
 def measure(bench: Bench) -> Iterator[Row]:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.harness import Turn
+from kvstore.bench.turns import Turn
 
 if TYPE_CHECKING:
     from kvstore.engine.engine import Engine

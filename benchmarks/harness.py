@@ -1,25 +1,16 @@
-"""How everything is measured: contenders take turns, the first round does not count, medians.
-
-Turns (A B A B, not A A B B) because a shared machine drifts by more than what
-is being compared; the first round faults pages in and fills caches; a median
-because the rest is noise with a long tail.
-"""
+"""What a benchmark is, how hard it tries, and what comes of one that cannot run or breaks."""
 
 from __future__ import annotations
 
 import logging
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.rows import Row, Unmeasured
+from kvstore.bench.rows import NotHereError, Row, Unmeasured
 
 log = logging.getLogger(__name__)
-
-Turn = Callable[[], float]  # does the work once; returns the seconds that count
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -78,48 +69,12 @@ class Bench:
     directory: Path
 
 
-class NotHereError(Exception):
-    """Raised by a benchmark that needs what this machine does not have; says what."""
-
-
 class Benchmark(NamedTuple):
     """Some rows that are measured together; `run` raises NotHereError where they cannot be."""
 
     name: str
     group: str
     run: Callable[[Bench], Iterable[Row]]
-
-
-def rounds(turns: Mapping[str, Turn], count: int) -> dict[str, list[float]]:
-    """Seconds of each contender's `count` turns, taken alternately, after one that is dropped."""
-    taken: dict[str, list[float]] = {name: [] for name in turns}
-    for number in range(count + 1):
-        for name, turn in turns.items():
-            seconds = turn()
-            if number:
-                taken[name].append(seconds)
-    return taken
-
-
-def medians(turns: Mapping[str, Turn], count: int) -> dict[str, float]:
-    """Median seconds of each contender."""
-    return {name: statistics.median(taken) for name, taken in rounds(turns, count).items()}
-
-
-def rates(turns: Mapping[str, Turn], count: int, total_bytes: int) -> dict[str, float]:
-    """GB/s (10**9 bytes) of each contender, from its median."""
-    return {name: total_bytes / s / 1e9 for name, s in medians(turns, count).items()}
-
-
-def timed(work: Callable[[], object]) -> Turn:
-    """A turn of which everything counts."""
-
-    def turn() -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    return turn
 
 
 def outcome(benchmark: Benchmark, bench: Bench) -> list[Row] | Unmeasured:

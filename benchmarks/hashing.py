@@ -9,8 +9,9 @@ from functools import partial
 import numpy as np
 
 from benchmarks import blocks
-from benchmarks.harness import Bench, Benchmark, Turn, medians, timed
-from benchmarks.rows import Row
+from benchmarks.harness import Bench, Benchmark
+from kvstore.bench.rows import Row
+from kvstore.bench.turns import Turn, medians, timed
 from kvstore.hashing import TokenChain
 from kvstore.identity import HashAlgorithm, Namespace
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from benchmarks.harness import NotHereError
+from kvstore.bench.rows import NotHereError
 
 CONTEXT_TOKENS = 4_096  # of the KV that an engine under test is given
 

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 import kvstore
 from benchmarks import blocks
 from benchmarks.ceilings import Fio, Pattern
-from benchmarks.harness import Bench, Benchmark, NotHereError, Turn, Workload, rates
+from benchmarks.harness import Bench, Benchmark, Workload
 from benchmarks.peers import python_of
 from benchmarks.ram import put
-from benchmarks.rows import Row
 from benchmarks.workers.lines import Worker
+from kvstore.bench.rows import NotHereError, Row
+from kvstore.bench.turns import Turn, rates
 from kvstore.hashing import Chain
 from kvstore.store import BlockStore
 

@@ -14,12 +14,13 @@ from contextlib import ExitStack
 
 import kvstore
 from benchmarks import blocks
-from benchmarks.harness import Bench, Benchmark, Turn, Workload, rates, timed
+from benchmarks.harness import Bench, Benchmark, Workload
 from benchmarks.nvme import empty, fill, open_store
 from benchmarks.peers import python_of
 from benchmarks.ram import get, put, putting
-from benchmarks.rows import Row
 from benchmarks.workers.lines import Worker
+from kvstore.bench.rows import Row
+from kvstore.bench.turns import Turn, rates, timed
 from kvstore.store import BlockStore
 
 # What the row must reach, as a multiple of LMCache's figure.

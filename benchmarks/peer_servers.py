@@ -18,12 +18,13 @@ import numpy as np
 import kvstore
 from benchmarks import blocks
 from benchmarks.daemon import ROOM_BYTES
-from benchmarks.harness import Bench, Benchmark, NotHereError, Turn, Workload, rates, timed
+from benchmarks.harness import Bench, Benchmark, Workload
 from benchmarks.peers import python_of
 from benchmarks.ram import get, putting
-from benchmarks.rows import Row
 from benchmarks.servers import LOCAL_HOST, ServerError, daemon, free_port, server
 from benchmarks.workers.lines import Worker, WorkerError
+from kvstore.bench.rows import NotHereError, Row
+from kvstore.bench.turns import Turn, rates, timed
 
 AHEAD = 5.0  # times as fast as each of them
 # A fifth more than without, here; more lanes, or other slices, gained nothing.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from benchmarks.harness import NotHereError
+from kvstore.bench.rows import NotHereError
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.rows import Row
+from kvstore.bench.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

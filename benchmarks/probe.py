@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import kvstore
 from benchmarks import blocks
-from benchmarks.harness import Bench, Benchmark, Workload, rounds, timed
-from benchmarks.rows import Row
+from benchmarks.harness import Bench, Benchmark, Workload
+from kvstore.bench.rows import Row
+from kvstore.bench.turns import rounds, timed
 from kvstore.hashing import Chain
 from kvstore.store import BlockStore
 

@@ -15,8 +15,9 @@ import numpy as np
 import kvstore
 from benchmarks import blocks
 from benchmarks.blocks import Blocks
-from benchmarks.harness import Bench, Benchmark, Turn, Workload, rates, timed
-from benchmarks.rows import Row
+from benchmarks.harness import Bench, Benchmark, Workload
+from kvstore.bench.rows import Row
+from kvstore.bench.turns import Turn, rates, timed
 from kvstore.hashing import Chain
 from kvstore.verbs import Store
 

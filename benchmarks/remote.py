@@ -21,11 +21,12 @@ import kvstore
 from benchmarks import blocks
 from benchmarks.blocks import Blocks
 from benchmarks.daemon import ROOM_BYTES
-from benchmarks.harness import Bench, Benchmark, Turn, Workload, rates, timed
-from benchmarks.rows import Row
+from benchmarks.harness import Bench, Benchmark, Workload
 from benchmarks.servers import LOCAL_HOST, daemon, free_port, server
 from benchmarks.workers.lines import ROOT
 from benchmarks.workers.stream_server import DONE, GET, PUT, receive
+from kvstore.bench.rows import Row
+from kvstore.bench.turns import Turn, rates, timed
 from kvstore.hashing import Chain
 from kvstore.verbs import Store
 

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import blocks
-from benchmarks.harness import Bench, Benchmark, NotHereError, Workload
-from benchmarks.rows import Row
+from benchmarks.harness import Bench, Benchmark, Workload
 from benchmarks.workers.lines import Worker
+from kvstore.bench.rows import NotHereError, Row
 from kvstore.tier import Record, WriteItem
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_directory import RECORD_ROOM_BYTES

@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks import generation, model
 from benchmarks.harness import Bench, Benchmark
-from benchmarks.rows import Row
 from benchmarks.workers.lines import Worker
+from kvstore.bench.rows import Row
 
 AT_MOST = {"ram": 0.05, "nvme": 0.10}
 _WARM_UP_TOKENS = 100

@@ -38,10 +38,10 @@ PACKAGES: dict[str, str] = {
     "lmdb": "tiers",
     "msgpack": "tiers",
     "pydantic": "settings",
-    "rich": "cli",
+    "rich": "cli bench",
     "safetensors": "engine",
     "tokenizers": "engine",
-    "torch": "kernels hbm engine connectors",
+    "torch": "kernels hbm engine bench connectors",
     "transformers": "connectors",
     **dict.fromkeys(("huggingface_hub", "sglang", "vllm"), "connectors"),
 }
@@ -88,10 +88,14 @@ LAYERS = {
     "daemon": Layer(
         "daemon", "errors pure clock tier verbs wire machine settings store compose proto"
     ),
+    "bench": Layer(
+        "bench",
+        "errors pure clock tier verbs machine settings kernels tiers hbm store engine compose",
+    ),
     "cli": Layer(
         "cli __main__",
         "errors pure clock tier verbs machine settings tiers store client archive engine compose "
-        "daemon public",
+        "daemon public bench",
     ),
     "connectors": Layer("connectors", "errors pure tier verbs kernels store client engine public"),
     "testing": Layer("testing", "errors pure verbs public"),

@@ -1,38 +1,14 @@
-"""Who is measured when, and what counts."""
+"""What becomes of benchmarks that cannot run or break, and how they are chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.catalogue import CATALOGUE, select
-from benchmarks.harness import QUICK, Bench, Benchmark, NotHereError, outcome, rates, rounds
-from benchmarks.rows import Row, Unmeasured
-
-
-def contender(name: str, seconds: Iterator[float], log: list[str]) -> Callable[[], float]:
-    def turn() -> float:
-        log.append(name)
-        return next(seconds)
-
-    return turn
-
-
-def test_contenders_take_turns_and_the_first_round_is_dropped() -> None:
-    log: list[str] = []
-    turns = {
-        "a": contender("a", iter([99.0, 1.0, 2.0]), log),
-        "b": contender("b", iter([99.0, 3.0, 4.0]), log),
-    }
-    assert rounds(turns, 2) == {"a": [1.0, 2.0], "b": [3.0, 4.0]}
-    assert log == ["a", "b"] * 3
-
-
-def test_a_rate_comes_from_the_median() -> None:
-    turns = {"a": contender("a", iter([99.0, 1.0, 50.0, 2.0]), [])}
-    assert rates(turns, 3, 4_000_000_000) == {"a": 2.0}
+from benchmarks.harness import QUICK, Bench, Benchmark, outcome
+from kvstore.bench.rows import NotHereError, Row, Unmeasured
 
 
 def test_what_cannot_run_here_says_why() -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.rows import Row, Unmeasured
+from kvstore.bench.rows import Row, Unmeasured
 
 FORMAT = 1
 

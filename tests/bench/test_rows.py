@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
-from benchmarks.rows import Row, Unmeasured
+from kvstore.bench import report
+from kvstore.bench.rows import Row, Unmeasured
 
 
 def row(

@@ -67,3 +67,7 @@ class Unmeasured:
 
     def to_json(self) -> dict[str, str]:
         return {"name": self.name, "outcome": self.outcome, "reason": self.reason}
+
+
+class NotHereError(Exception):
+    """Raised by a benchmark that needs what this machine does not have; says what."""
