@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import KernelError
+from kvstore.kernels.cuda_module import Runtime
 
 # The types of csrc/common.cuh.
 ELEMENTS = {
@@ -17,6 +18,8 @@ ELEMENTS = {
     torch.float8_e4m3fn: "Fp8",
     torch.int8: "Int8",
 }
+# Those of attention and of what writes for it.
+HEAD_DIMS = (64, 80, 96, 128, 256)
 # Widest access of a thread.
 ALIGNMENT_BYTES = 16
 
@@ -56,3 +59,26 @@ def check_aligned(name: str, tensor: Tensor) -> None:
     steps = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
     if any(place % ALIGNMENT_BYTES for place in (tensor.data_ptr(), *steps)):
         raise KernelError(f"{name} has rows that do not begin at multiples of 16 bytes")
+
+
+def check_kv(kv: Tensor, layer: int, dtypes: Sequence[torch.dtype], runtime: Runtime) -> None:
+    """Raises KernelError unless `kv` is the HBM tier's tensor, on a device of `runtime`."""
+    if kv.dim() != 5 or kv.device.type != runtime.device_type:
+        raise KernelError(
+            f"kv is {list(kv.shape)} on {kv.device}, not [kv_heads, layers, 2, slots, head_dim] "
+            f"on a {runtime.device_type} device"
+        )
+    check("kv", kv, (*kv.shape[:2], 2, *kv.shape[3:]), dtypes, kv.device)
+    check_aligned("kv", kv)
+    if kv.shape[4] not in HEAD_DIMS:
+        raise KernelError(f"heads of {kv.shape[4]} elements; {HEAD_DIMS} are supported")
+    if not 0 <= layer < kv.shape[1]:
+        raise KernelError(f"there is no layer {layer} of {kv.shape[1]}")
+
+
+def check_scales(scales: Tensor | None, kv: Tensor) -> None:
+    """Raises KernelError unless KV of 8 bits, and no other, has scales [kv_heads, layers, 2]."""
+    if (kv.element_size() == 1) != (scales is not None):
+        raise KernelError(f"KV of {kv.dtype} with{'out' if scales is None else ''} scales")
+    if scales is not None:
+        check("scales", scales, kv.shape[:3], (torch.float32,), kv.device)

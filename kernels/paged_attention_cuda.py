@@ -11,12 +11,19 @@ from torch import Tensor
 
 from kvstore.errors import KernelError
 from kvstore.kernels.cuda_module import Runtime, address, runtime_of
-from kvstore.kernels.cuda_tensors import check, check_aligned, element_name
+from kvstore.kernels.cuda_tensors import HEAD_DIMS as HEAD_DIMS
+from kvstore.kernels.cuda_tensors import (
+    check,
+    check_aligned,
+    check_kv,
+    check_scales,
+    element_name,
+)
 
 SOURCE = "paged_attention.cu"
-HEAD_DIMS = (64, 80, 96, 128, 256)
 KV_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
 INT32 = (torch.int32,)
+FLOAT32 = (torch.float32,)
 QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The constants of the same names in csrc.
 WARPS = 4
@@ -79,38 +86,51 @@ def decode(
     that do not fit, before anything is launched.
     """
     runtime = runtime or runtime_of(kv)
-    _check(query, kv, layer, block_tokens, runtime)
+    check_kv(kv, layer, KV_DTYPES, runtime)
+    check_scales(scales, kv)
+    if block_tokens < 1 or block_tokens % TILE or kv.shape[3] % block_tokens:
+        raise KernelError(
+            f"blocks of {block_tokens} tokens in {kv.shape[3]} slots: they must be a multiple of "
+            f"{TILE} and divide the slots"
+        )
+    _check_batch(query, kv, block_tables, context_lens, out, workspace)
+    if len(query) == 0:
+        return
+    _start_chunks(
+        runtime, query, kv, layer, block_tables, context_lens, block_tokens, out, workspace, scales
+    )
+    _start_sums(runtime, context_lens, out, workspace)
+
+
+def _start_chunks(
+    runtime: Runtime,
+    query: Tensor,
+    kv: Tensor,
+    layer: int,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    block_tokens: int,
+    out: Tensor,
+    workspace: DecodeWorkspace,
+    scales: Tensor | None,
+) -> None:
     batch, heads, head_dim = query.shape
     kv_heads, layers, _, slots, _ = kv.shape
-    check("block_tables", block_tables, (batch, *block_tables.shape[1:]), INT32, kv.device, 1)
-    check("context_lens", context_lens, (batch,), INT32, kv.device)
-    check("out", out, query.shape, (query.dtype,), kv.device)
-    if scales is not None:
-        check("scales", scales, (kv_heads, layers, 2), (torch.float32,), kv.device)
-    if (kv.element_size() == 1) != (scales is not None):
-        raise KernelError(f"KV of {kv.dtype} with{'out' if scales is None else ''} scales")
-    if batch * heads * MAX_CHUNKS * (head_dim + 2) > workspace.memory.numel():
-        raise KernelError(f"the workspace is too small for {batch} sequences of {heads} heads")
-    if batch == 0:
-        return
-    keys = kv[:, layer]
-    scale = scales[:, layer] if scales is not None else None
-    names = element_name(kv), element_name(query), str(head_dim)
     runtime.launch(
         SOURCE,
-        f"paged_attention<{', '.join(names)}>",
+        f"paged_attention<{element_name(kv)}, {element_name(query)}, {head_dim}>",
         (workspace.blocks,),
         (32 * WARPS,),
         (
             address(query),
             np.int64(query.stride(0)),
-            address(keys),
+            address(kv[:, layer]),
             np.int64(kv.stride(0)),
             np.int64(slots * head_dim),
             address(block_tables),
             np.int32(block_tables.stride(0)),
             address(context_lens),
-            address(scale),
+            address(None if scales is None else scales[:, layer]),
             np.int32(layers * 2),
             address(out),
             address(workspace.memory),
@@ -121,9 +141,15 @@ def decode(
         ),
         shared_bytes=_ring_bytes(head_dim * kv.element_size()) + 4 * batch,
     )
+
+
+def _start_sums(
+    runtime: Runtime, context_lens: Tensor, out: Tensor, workspace: DecodeWorkspace
+) -> None:
+    batch, heads, head_dim = out.shape
     runtime.launch(
         SOURCE,
-        f"paged_attention_sum<{', '.join(names[1:])}>",
+        f"paged_attention_sum<{element_name(out)}, {head_dim}>",
         (-(-batch * heads // WARPS),),
         (32 * WARPS,),
         (
@@ -136,28 +162,28 @@ def decode(
     )
 
 
-def _check(query: Tensor, kv: Tensor, layer: int, block_tokens: int, runtime: Runtime) -> None:
-    if query.dim() != 3 or kv.dim() != 5:
-        raise KernelError(f"query and kv have {query.dim()} and {kv.dim()} dimensions, not 3 and 5")
-    heads, head_dim = query.shape[1:]
-    kv_heads, layers, _, slots, _ = kv.shape
-    if kv.device.type != runtime.device_type:
-        raise KernelError(f"kv is on {kv.device}, not on a {runtime.device_type} device")
-    check("kv", kv, (kv_heads, layers, 2, slots, head_dim), KV_DTYPES, kv.device)
-    check_aligned("kv", kv)
-    check("query", query, query.shape, QUERY_DTYPES, kv.device, 2)
-    check_aligned("query", query)
-    if head_dim not in HEAD_DIMS:
-        raise KernelError(f"heads of {head_dim} elements; {HEAD_DIMS} are supported")
-    if heads % kv_heads:
-        raise KernelError(f"{heads} query heads do not share {kv_heads} KV heads evenly")
-    if not 0 <= layer < layers:
-        raise KernelError(f"there is no layer {layer} of {layers}")
-    if block_tokens < 1 or block_tokens % TILE or slots % block_tokens:
+def _check_batch(
+    query: Tensor,
+    kv: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    workspace: DecodeWorkspace,
+) -> None:
+    if query.dim() != 3 or query.shape[1] % kv.shape[0]:
         raise KernelError(
-            f"blocks of {block_tokens} tokens in {slots} slots: they must be a multiple of "
-            f"{TILE} and divide the slots"
+            f"query is {list(query.shape)}, not [B, heads, head_dim] with heads that share "
+            f"{kv.shape[0]} KV heads evenly"
         )
+    batch, heads, head_dim = query.shape
+    check("query", query, (batch, heads, kv.shape[4]), QUERY_DTYPES, kv.device, 2)
+    check_aligned("query", query)
+    check("block_tables", block_tables, (batch, *block_tables.shape[1:2]), INT32, kv.device, 1)
+    check("context_lens", context_lens, (batch,), INT32, kv.device)
+    check("out", out, query.shape, (query.dtype,), kv.device)
+    check("workspace", workspace.memory, workspace.memory.shape, FLOAT32, kv.device)
+    if batch * heads * MAX_CHUNKS * (head_dim + 2) > workspace.memory.numel():
+        raise KernelError(f"the workspace is too small for {batch} sequences of {heads} heads")
 
 
 def _ring_bytes(row_bytes: int) -> int:

@@ -8,13 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvstore.errors import KernelError
 from kvstore.kernels.cuda_module import Runtime, address, runtime_of
-from kvstore.kernels.cuda_tensors import check, check_aligned, element_name
+from kvstore.kernels.cuda_tensors import HEAD_DIMS as HEAD_DIMS
+from kvstore.kernels.cuda_tensors import (
+    check,
+    check_aligned,
+    check_kv,
+    check_scales,
+    element_name,
+)
 
 SOURCE = "write_kv.cu"
 THREADS = 128
-HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KV_DTYPES = (*DTYPES, torch.float8_e4m3fn, torch.int8)
 
@@ -56,28 +61,14 @@ def write_kv(
     device alone. Raises KernelError for tensors that do not fit, before anything is launched.
     """
     runtime = runtime or runtime_of(kv)
-    if kv.dim() != 5 or kv.device.type != runtime.device_type:
-        raise KernelError(f"kv {list(kv.shape)} on {kv.device} is no paged KV on a device")
-    kv_heads, layers, _, slot_count, head_dim = kv.shape
-    tokens = len(slots)
-    if head_dim not in HEAD_DIMS:
-        raise KernelError(f"heads of {head_dim} elements; {HEAD_DIMS} are supported")
-    if not 0 <= layer < layers:
-        raise KernelError(f"there is no layer {layer} of {layers}")
-    check("kv", kv, (kv_heads, layers, 2, slot_count, head_dim), KV_DTYPES, kv.device)
-    check("key", key, (tokens, kv_heads, head_dim), DTYPES, kv.device, 2)
-    check("value", value, key.shape, (key.dtype,), kv.device, 2)
-    for name, tensor in (("kv", kv), ("key", key), ("value", value)):
-        check_aligned(name, tensor)
-    check("slots", slots, (tokens,), (torch.int64,), kv.device)
+    check_kv(kv, layer, KV_DTYPES, runtime)
+    check_scales(scales, kv)
+    _check(key, value, kv, slots)
     if rotation is not None:
-        _check_rotation(rotation, tokens, head_dim, kv.device)
-    if (kv.element_size() == 1) != (scales is not None):
-        raise KernelError(f"KV of {kv.dtype} with{'out' if scales is None else ''} scales")
-    if scales is not None:
-        check("scales", scales, (kv_heads, layers, 2), (torch.float32,), kv.device)
+        _check_rotation(rotation, len(slots), kv)
+    kv_heads, layers, _, slot_count, head_dim = kv.shape
     vector = 16 // max(key.element_size(), kv.element_size())
-    threads = tokens * kv_heads * (head_dim // 2 // vector)
+    threads = len(slots) * kv_heads * (head_dim // 2 // vector)
     if threads == 0:
         return
     positions, cosines, sines = rotation or (None, None, None)
@@ -95,19 +86,27 @@ def write_kv(
             address(positions),
             address(cosines),
             address(sines),
-            address(scales[:, layer] if scales is not None else None),
+            address(None if scales is None else scales[:, layer]),
             np.int32(layers * 2),
             address(kv[:, layer]),
             np.int64(kv.stride(0)),
             np.int64(slot_count * head_dim),
-            np.int32(tokens),
+            np.int32(len(slots)),
             np.int32(kv_heads),
         ),
     )
 
 
-def _check_rotation(rotation: Rotation, tokens: int, head_dim: int, device: torch.device) -> None:
-    rows = len(rotation.cosines)
-    check("positions", rotation.positions, (tokens,), (torch.int64,), device)
-    check("cosines", rotation.cosines, (rows, head_dim // 2), (torch.float32,), device)
-    check("sines", rotation.sines, (rows, head_dim // 2), (torch.float32,), device)
+def _check(key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
+    check("key", key, (len(slots), kv.shape[0], kv.shape[4]), DTYPES, kv.device, 2)
+    check("value", value, key.shape, (key.dtype,), kv.device, 2)
+    check_aligned("key", key)
+    check_aligned("value", value)
+    check("slots", slots, (len(slots),), (torch.int64,), kv.device)
+
+
+def _check_rotation(rotation: Rotation, tokens: int, kv: Tensor) -> None:
+    table = (len(rotation.cosines), kv.shape[4] // 2)
+    check("positions", rotation.positions, (tokens,), (torch.int64,), kv.device)
+    check("cosines", rotation.cosines, table, (torch.float32,), kv.device)
+    check("sines", rotation.sines, table, (torch.float32,), kv.device)

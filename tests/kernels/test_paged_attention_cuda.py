@@ -19,8 +19,10 @@ LAYERS, LAYER = 2, 1
 NAN = float("nan")
 # One token; ends of tiles, and of the tiles of four warps; more tiles than a ring has; padding.
 LENGTHS = (1, 15, 16, 17, 0, 63, 65, 300, 0)
-# Error of a head's result in float32, as a part of its length.
-EXACT = 2e-5
+# Error of a head's result in float32, as a part of its length: far less than what leaving the
+# cut off part of weights or queries away would make, more than one order of additions differs
+# from another by.
+EXACT = 1e-4
 
 
 @dataclass
@@ -158,11 +160,13 @@ def test_contexts_of_many_chunks(lengths: tuple[int, ...], emulated: EmulatedRun
     assert worst_error(case.run(emulated, blocks=7), case.expected()) < EXACT
 
 
-@pytest.mark.parametrize("spread", [0.0, 30.0])
-def test_weights_all_alike_and_weights_of_a_few(spread: float, runtime: Runtime) -> None:
+@pytest.mark.parametrize(("spread", "error"), [(0.0, EXACT), (30.0, 10 * EXACT)])
+def test_weights_all_alike_and_weights_of_a_few(
+    spread: float, error: float, runtime: Runtime
+) -> None:
     """Scores of hundreds: the largest is taken off before they are exponents."""
     case = a_case(runtime.device_type, spread=spread)
-    assert worst_error(case.run(runtime), case.expected()) < EXACT * max(1.0, spread)
+    assert worst_error(case.run(runtime), case.expected()) < error
 
 
 def test_queries_that_are_parts_of_rows(runtime: Runtime) -> None:
@@ -248,21 +252,22 @@ def test_what_does_not_fit_is_refused(emulated: EmulatedRuntime) -> None:
         with pytest.raises(KernelError, match=match):
             decode(**arguments, runtime=emulated)  # type: ignore[arg-type]
 
-    refused("not 3 and 5", query=case.query[0])
-    refused(
-        "72 elements", query=case.query.new_empty(2, 8, 72), kv=case.kv.new_empty(2, 2, 2, 16, 72)
-    )
-    refused("kv is", query=case.query.new_empty(2, 8, 128))
+    refused("query is .* with heads that share 2", query=case.query[0])
+    refused("query is .* with heads that share 2", query=case.query[:, :7])
+    refused("72 elements", kv=case.kv.new_empty(2, 2, 2, 16, 72))
+    refused("query is .* not .*128", kv=case.kv.new_empty(2, 2, 2, 16, 128))
     refused("query is float64", query=case.query.double())
     refused("query .* densely", query=case.query.transpose(1, 2).contiguous().transpose(1, 2))
-    refused("7 query heads", query=case.query[:, :7])
+    refused("query has rows", query=torch.zeros(case.query.numel() + 1)[1:].view(case.query.shape))
     refused("no layer 2 of 2", layer=2)
+    refused("kv is .* on cpu", kv=case.kv[0])
     refused("kv is float32", kv=case.kv.float())
     refused("kv .* densely", kv=case.kv[:, :, :, :16])
     refused("blocks of 24", block_tokens=24)
     refused("blocks of 256", block_tokens=256)
     refused("block_tables is int64", block_tables=case.block_tables.long())
     refused("block_tables is", block_tables=case.block_tables[:1])
+    refused("block_tables is", block_tables=case.block_tables[0])
     refused("block_tables .* densely", block_tables=case.block_tables.T.contiguous().T)
     refused("context_lens is", context_lens=case.context_lens[:1])
     refused("out is bfloat16", out=case.query.bfloat16())

@@ -112,6 +112,7 @@ def test_what_does_not_fit_is_refused(emulated: EmulatedRuntime) -> None:
         with pytest.raises(KernelError, match=match):
             write_kv(**arguments, runtime=emulated)  # type: ignore[arg-type]
 
+    refused("kv is .* on cpu", kv=kv[0])
     refused("72 elements", kv=torch.zeros(KV_HEADS, LAYERS, 2, SLOTS, 72))
     refused("no layer 2 of 2", layer=2)
     refused("kv is float64", kv=kv.double())
