@@ -71,7 +71,7 @@ def decode(
     """Attend with one query token a sequence to the first `context_lens[b]` tokens of it.
 
     - `query` [B, heads, head_dim] bf16, fp16 or fp32; the last two dimensions are dense. Heads
-      that share a KV head follow one another.
+      that share a KV head follow one another. Numbers are below 65504, unless KV is bf16.
     - `kv` [kv_heads, layers, 2, slots, head_dim] bf16, fp16, fp8 (e4m3) or int8, dense. The
       token itself is among those attended to, so its K and V are written before.
     - `block_tables` int32 [B, max_blocks], of blocks of `block_tokens` tokens (a multiple of
