@@ -16,7 +16,7 @@ from benchmarks.workers.lines import serve
 
 
 class VllmProcess:
-    """One model, greedy, with scheduler and worker in this process."""
+    """One model, greedy, with the scheduler in this process, and one worker unless told others."""
 
     def __init__(self, folder: str, arguments: dict[str, Any], transfer: dict[str, Any]) -> None:
         vllm: Any = import_module("vllm")
@@ -35,9 +35,13 @@ class VllmProcess:
             model=folder,
             skip_tokenizer_init=True,
             enforce_eager=True,
-            distributed_executor_backend="uni",
             disable_log_stats=False,
-            **{"dtype": "float32", "max_model_len": 2048, **arguments},
+            **{
+                "dtype": "float32",
+                "max_model_len": 2048,
+                "distributed_executor_backend": "uni",
+                **arguments,
+            },
         )
 
     @property
