@@ -93,15 +93,15 @@ class Loop:
         with phase("compute"):
             self.hbm.duplicate(step.copies)
             logits = self._forward(step.pieces, gates)
+        with phase("offload"):  # before anything waits for the logits: the device is computing
+            for piece in step.pieces:
+                self._scheduler.advance(piece)
+            if self._offload is not None:
+                self._offload.offer(piece.sequence for piece in step.pieces)
         with phase("draw"):
             tokens = iter(self._draw(finishing, logits))
         if stop is not None and observe is not None:
             stop(observe)
-        for piece in step.pieces:
-            self._scheduler.advance(piece)
-        with phase("offload"):
-            if self._offload is not None:
-                self._offload.offer(piece.sequence for piece in step.pieces)
         deltas = []
         for sequence in finishing:
             siblings = self._scheduler.fork(sequence)

@@ -49,7 +49,12 @@ class Offload:
         return bool(self._departures) or self._arrivals.copying
 
     def offer(self, sequences: Iterable[TokenSequence]) -> None:
-        """Give the store the blocks of `sequences` that have become full."""
+        """Give the store the blocks of `sequences` that have become full.
+
+        Full once the device has computed what it was told to: copies come after that. What
+        was copied meanwhile is committed.
+        """
+        self._departures.poll()
         self._departures.offer(sequences)
 
     def demote(self, sequence: TokenSequence) -> None:
@@ -108,8 +113,7 @@ class Offload:
             self._arrivals.begin(sequence, lease)
 
     def poll(self, *, others_run: bool) -> None:
-        """Go on with what was copied meanwhile, and copy what is ready."""
-        self._departures.poll()
+        """Go on with what was copied to HBM meanwhile, and copy what is ready."""
         self._arrivals.poll(others_run=others_run)
 
     def take_gates(self) -> list[Gates]:
