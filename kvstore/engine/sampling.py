@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvstore.engine.sampling_device import Draw, can_draw, draw_rows
 from kvstore.engine.sampling_params import SamplingParams as SamplingParams
 
 # Candidates that top-p looks at before it sorts the whole vocabulary.
@@ -29,11 +30,23 @@ class Sampler:
             else:
                 self._generator.manual_seed((params.seed + index) % 2**63)
 
-    def draw(self, logits: Tensor) -> int:
-        """The next token, given its logits `[vocab]` float32 on the CPU; they are not changed."""
+    def point(self) -> float:
+        """The next uniform draw, in [0, 1): one a token. 0 for a greedy sequence."""
+        if self._generator is None:
+            return 0.0
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
+
+    def draw(self, logits: Tensor, point: float | None = None) -> int:
+        """The next token, given its logits `[vocab]` float32 on the CPU; they are not changed.
+
+        `point` is what `point()` gave for it, if it was asked before.
+        """
         if self.params.penalised:
             logits = self._penalise(logits)
-        token = int(logits.argmax()) if self._generator is None else self._sample(logits)
+        if self._generator is None:
+            token = int(logits.argmax())
+        else:
+            token = self._sample(logits, self.point() if point is None else point)
         if self._counts is not None and self._seen is not None:
             self._counts[token] += 1
             self._seen[token] = True
@@ -54,8 +67,8 @@ class Sampler:
             logits -= params.presence_penalty * (self._counts > 0)
         return logits
 
-    def _sample(self, logits: Tensor) -> int:
-        """One uniform draw a token, set against the cumulative probabilities."""
+    def _sample(self, logits: Tensor, point: float) -> int:
+        """A uniform draw, set against the cumulative probabilities."""
         params = self.params
         # In float64, and relative to the largest, so that a small temperature cannot overflow.
         logits = logits.double()
@@ -68,8 +81,8 @@ class Sampler:
         if params.min_p > 0:
             weights = torch.where(weights >= params.min_p * weights.max(), weights, 0.0)
         cumulative = weights.cumsum(0)
-        point = torch.rand((), dtype=torch.float64, generator=self._generator) * cumulative[-1]
-        drawn = min(int(torch.searchsorted(cumulative, point, right=True)), len(weights) - 1)
+        target = point * cumulative[-1]
+        drawn = min(int(torch.searchsorted(cumulative, target, right=True)), len(weights) - 1)
         return drawn if candidates is None else int(candidates[drawn])
 
 
@@ -93,5 +106,25 @@ def draw_all(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
     if plain:
         tokens: list[int] = logits.argmax(dim=-1).tolist()
         return tokens
-    rows = logits.cpu()
-    return [sampler.draw(row) for sampler, row in zip(samplers, rows, strict=True)]
+    if logits.device.type == "cpu":
+        return [sampler.draw(row) for sampler, row in zip(samplers, logits, strict=True)]
+    points = [sampler.point() for sampler in samplers]
+    tokens_there = _draw_there(samplers, points, logits)
+    return [
+        sampler.draw(logits[row].cpu(), points[row]) if token is None else token
+        for row, (sampler, token) in enumerate(zip(samplers, tokens_there, strict=True))
+    ]
+
+
+def _draw_there(
+    samplers: Sequence[Sampler], points: Sequence[float], logits: Tensor
+) -> list[int | None]:
+    """The tokens of those rows that can be drawn where the logits are; None for the others."""
+    drawn: list[int | None] = [None] * len(samplers)
+    rows = [row for row, sampler in enumerate(samplers) if can_draw(sampler.params)]
+    if rows:
+        draws = [Draw(samplers[row].params, points[row]) for row in rows]
+        some = logits if len(rows) == len(samplers) else logits[rows]
+        for row, token in zip(rows, draw_rows(draws, some), strict=True):
+            drawn[row] = token
+    return drawn
