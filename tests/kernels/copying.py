@@ -57,6 +57,11 @@ class Memory:
             torch.cuda.synchronize()
 
 
+def on_device(tensors: Sequence[Tensor], runtime: Runtime) -> list[Tensor]:
+    """Copies for the runtime to work on; the tensors stay for the reference to work on."""
+    return [tensor.clone().to(runtime.device_type) for tensor in tensors]
+
+
 @dataclasses.dataclass
 class Case:
     """Blocks of a sequence in the pages of a random layout, and a part of them to copy."""

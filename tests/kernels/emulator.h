@@ -4,9 +4,9 @@
 // line; shuffles from lanes that take no part; misaligned vector accesses and array indices out of
 // bounds (the compiler's own checks report here); writes beyond dynamic shared memory; addresses
 // where there is no memory. Shared memory is garbage when a block starts. The seed of a launch
-// chooses the order of blocks and of threads between two barriers, and whether an asynchronous
-// copy is made at once or as late as its wait allows: a missing barrier or wait gives wrong numbers
-// for one of them.
+// chooses the order of blocks, of warps and of threads, whether warps run ahead of one another,
+// and whether an asynchronous copy is made at once or as late as its wait allows: a missing barrier
+// or wait gives wrong numbers for one of them.
 //
 // What it does not emulate: time, caches, memory order between blocks that run at once, textures,
 // clusters, inline PTX.
@@ -91,14 +91,15 @@ inline bool complete(const std::vector<Fiber*>& lanes, const Fiber& asking) {
   return true;
 }
 
-inline bool complete_warps(const std::vector<Fiber*>& fibers) {
+// The threads of one warp, in the order in which they take turns.
+struct Warp {
+  std::vector<Fiber*> lanes, turns;
+};
+
+inline bool complete(const Warp& warp) {
   bool any = false;
-  for (size_t first = 0; first < fibers.size(); first += WARP) {
-    size_t last = std::min(first + WARP, fibers.size());
-    std::vector<Fiber*> lanes(fibers.begin() + first, fibers.begin() + last);
-    for (Fiber* lane : lanes) {
-      if (lane->state == State::in_warp) any |= complete(lanes, *lane);
-    }
+  for (Fiber* lane : warp.lanes) {
+    if (lane->state == State::in_warp) any |= complete(warp.lanes, *lane);
   }
   return any;
 }
@@ -111,15 +112,37 @@ inline std::vector<int> order(int count, unsigned seed) {
   return numbers;
 }
 
-// Runs one block to its end. False: it cannot end.
-inline bool run_block(const std::vector<Fiber*>& fibers, const std::vector<int>& turns) {
+inline std::vector<Warp> warps_of(const std::vector<Fiber*>& fibers, unsigned seed) {
+  std::vector<Warp> warps;
+  int count = (int(fibers.size()) + WARP - 1) / WARP;
+  for (int number : order(count, seed)) {
+    auto first = fibers.begin() + number * WARP;
+    Warp warp = {{first, std::min(first + WARP, fibers.end())}, {}};
+    for (int lane : order(int(warp.lanes.size()), seed)) warp.turns.push_back(warp.lanes[lane]);
+    warps.push_back(warp);
+  }
+  return warps;
+}
+
+// Runs one block to its end. False: it cannot end. With `ahead` each warp runs as far as it can
+// before the next one does, else all go from one call of their warps to the next.
+inline bool run_block(const std::vector<Fiber*>& fibers, const std::vector<Warp>& warps,
+                      bool ahead) {
   for (;;) {
-    for (int turn : turns) {
-      if (fibers[turn]->state == State::ready) run(fibers[turn]);
+    bool moved = false;
+    for (const Warp& warp : warps) {
+      bool again;
+      do {
+        for (Fiber* fiber : warp.turns) {
+          if (fiber->state == State::ready) run(fiber);
+        }
+        again = complete(warp);
+        moved |= again;
+      } while (again && ahead);
     }
     auto done = [](Fiber* fiber) { return fiber->state == State::done; };
     if (std::all_of(fibers.begin(), fibers.end(), done)) return true;
-    if (complete_warps(fibers) || open_barrier(fibers)) continue;
+    if (moved || open_barrier(fibers)) continue;
     for (Fiber* fiber : fibers) {
       if (done(fiber)) continue;
       self = fiber;
@@ -150,7 +173,7 @@ inline void run_grid(const Launch& what, std::function<void()> kernel) {
   launch = &what;
   body = &kernel;
   CatchBadAddresses caught;
-  auto turns = order(threads, what.seed);
+  auto warps = warps_of(fibers, what.seed);
   auto shared = shared_memory();
   for (int block : order(blocks, what.seed)) {
     block_index = {block % what.grid.x, block / what.grid.x % what.grid.y,
@@ -162,7 +185,7 @@ inline void run_grid(const Launch& what, std::function<void()> kernel) {
       fibers[number]->thread = {number % what.block.x, number / what.block.x % what.block.y,
                                 number / (what.block.x * what.block.y)};
     }
-    if (!run_block(fibers, turns)) pool.clear();  // they wait in the middle of a kernel
+    if (!run_block(fibers, warps, what.seed < 2)) pool.clear();  // they wait in the middle of a kernel
     const unsigned char* guard = dynamic_shared + what.shared_bytes;
     if (std::any_of(guard, guard + SHARED_GUARD, [](unsigned char c) { return c != GARBAGE; })) {
       fault("a write beyond the %u bytes of dynamic shared memory", what.shared_bytes);

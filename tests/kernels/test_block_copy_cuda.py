@@ -14,7 +14,7 @@ from kvstore.kernels.cuda_module import Runtime
 from kvstore.kernels.paged_tensors import PagedTensors, paged, runs_of
 from kvstore.layout import Shard
 from tests.connectors.pages import slow_block
-from tests.kernels.copying import Case, Memory, random_case
+from tests.kernels.copying import Case, Memory, on_device, random_case
 
 CASES = range(96)
 
@@ -27,7 +27,7 @@ def copies(
     case: Case, tensors: list[Tensor], runtime: Runtime, dtype: torch.dtype | None = None
 ) -> tuple[KernelCopies, list[Tensor]]:
     """Copies between the case's pages, which are brought to the runtime's device."""
-    there = [tensor.to(runtime.device_type) for tensor in tensors]
+    there = on_device(tensors, runtime)
     pages = page_views(case.layout, there)
     return KernelCopies(pages, case.block_tokens, dtype=dtype, runtime=runtime, ctas=3), there
 
@@ -122,9 +122,10 @@ def test_conversion_out_and_in(
 ) -> None:
     block_tokens, blocks, layers = 4, [3, 0, 5], range(1, 3)
     kv = numbers((2, 3, 2, 6 * block_tokens, head_dim), own)
-    there = kv.to(runtime.device_type)
+    (there,) = on_device([kv], runtime)
     pages, everything = paged(kv, block_tokens), range(2)
-    copy = KernelCopies(paged(there, block_tokens), block_tokens, dtype=stored, runtime=runtime)
+    pages_there = paged(there, block_tokens)
+    copy = KernelCopies(pages_there, block_tokens, dtype=stored, runtime=runtime, ctas=5)
     memory = Memory(runtime)
     buffers = [memory.buffer(bytes(2 * copy.format.head_bytes)) for _ in blocks]
     runs = runs_of(blocks, block_tokens)
@@ -205,7 +206,7 @@ def test_many_blocks_of_our_own_engine(block_tokens: int, any_runtime: Runtime) 
         -(1 << 15), 1 << 15, (1, 1, 2, blocks * block_tokens, 8), generator=generator
     )
     kv = kv.to(torch.int16).view(torch.bfloat16)
-    there = kv.to(any_runtime.device_type)
+    (there,) = on_device([kv], any_runtime)
     chosen = torch.randperm(blocks, generator=generator)[:count].tolist()
     copy = KernelCopies(paged(there, block_tokens), block_tokens, runtime=any_runtime)
     memory = Memory(any_runtime)

@@ -15,7 +15,7 @@ from kvstore.kernels.block_copy_cuda import KernelCopies
 from kvstore.kernels.block_copy_dma import BlockCopies, DmaCopies, fastest
 from kvstore.kernels.cuda_module import Runtime, runtime_of
 from kvstore.kernels.paged_tensors import paged, runs_of
-from tests.kernels.copying import Case, Memory, random_case
+from tests.kernels.copying import Case, Memory, on_device, random_case
 
 # Pages in which a head's tokens are contiguous and all layers lie at one distance.
 ORDERS = ("HLKBND", "LKHBND", "BHLKND", "HBLKND", "LKBHND")
@@ -38,8 +38,8 @@ def test_out_and_in_are_the_reference_s(seed: int, any_runtime: Runtime) -> None
     tensors, others = case.tensors(), case.tensors(1)
     heads, tokens, dtype = case.heads, case.block_tokens, tensors[0].dtype
     layers = case.layers if seed % 2 else range(case.layout.layers)
-    source = page_views(case.layout, [tensor.to(any_runtime.device_type) for tensor in tensors])
-    there = [tensor.to(any_runtime.device_type) for tensor in others]
+    source = page_views(case.layout, on_device(tensors, any_runtime))
+    there = on_device(others, any_runtime)
     copy = DmaCopies(source, tokens, runtime=any_runtime)
     nbytes = copy.format.head_bytes * len(heads)
     memory = Memory(any_runtime, on_device=seed % 3 == 0)

@@ -56,6 +56,17 @@ extern "C" __global__ void staged(const float* in, float* out, int fault) {
   out[threadIdx.x] = sum;
 }
 
+extern "C" __global__ void largest(const float* in, float* out, int fault) {
+  __shared__ float of_warps[2];
+  for (int i = 0; i < 4; ++i) {
+    float value = warp_max(in[64 * i + threadIdx.x]);
+    if (fault == 0) __syncthreads();
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
+    __syncthreads();
+    out[4 * threadIdx.x + i] = fmaxf(of_warps[0], of_warps[1]);
+  }
+}
+
 extern "C" __global__ void ballots(const int* in, unsigned* out, int* total) {
   unsigned odd = __ballot_sync(0xffffffff, in[threadIdx.x] & 1);
   int low = __shfl_up_sync(0xffffffff, in[threadIdx.x], 1, 8);
@@ -131,6 +142,20 @@ def test_some_order_shows_a_missing_barrier_or_wait(
         return torch.equal(out, source.view(4, 32, 4).sum((0, 2)).flip(0))
 
     assert not all(right(order) for order in range(3))
+
+
+@pytest.mark.parametrize("fault", [0, 1])
+def test_a_warp_may_run_ahead_of_another_up_to_a_barrier(
+    compiled: Path, sources: Path, fault: int
+) -> None:
+    def right(order: int) -> bool:
+        here = EmulatedRuntime(compiled, order, sources)
+        source, out = -torch.arange(256.0), torch.zeros(64, 4)
+        args: list[np.generic] = [address(source), address(out), np.int32(fault)]
+        here.launch("small.cu", "largest", (1,), (64,), args)
+        return torch.equal(out, source[::64].expand(64, 4))
+
+    assert all(right(order) for order in range(3)) == (fault == 0)
 
 
 def test_ballots_and_parts_of_warps(emulated: EmulatedRuntime, sources: Path) -> None:
