@@ -13,7 +13,13 @@ from kvstore.tiers.block_pool import BlockPool
 from kvstore.tiers.hbm_copies import CopyStream, HostCopies
 from kvstore.tiers.hbm_cuda import CudaCopies
 
-TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPE = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8_e4m3": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 
 
 class HbmTier:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvstore.engine.attention import Attend, Write
+from kvstore.engine.attention import Attend, Write, write_pairs
 from kvstore.engine.batch import SequenceSpan, to_device
 from kvstore.engine.config import ModelConfig
 from kvstore.kernels.cuda_module import Runtime
@@ -44,19 +44,25 @@ class CudaAttention:
         device: torch.device,
         max_rows: int,
         runtime: Runtime | None = None,
+        scales: Tensor | None = None,
     ) -> None:
-        """`runtime` launches the kernels (None: that of the KV's device)."""
+        """`runtime` launches the kernels (None: that of the KV's device).
+
+        `scales` float32 [kv_heads, layers, 2], for KV of fp8 or int8.
+        """
         self._config = config
         self._workspace = DecodeWorkspace(max_rows, config.heads, config.head_dim, device)
         self._runtime = runtime
+        self._scales = scales
 
     def writer(self, slots: Tensor, kv: Tensor) -> Write:
         def write(pairs: Tensor, layer: int) -> None:
-            key, value = pairs[: len(slots)].unbind(1)
+            pairs = pairs[: len(slots)]
             if self._config.head_dim in HEAD_DIMS:
-                write_kv(key, value, kv, layer, slots, runtime=self._runtime)
+                key, value = pairs.unbind(1)
+                write_kv(key, value, kv, layer, slots, None, self._scales, self._runtime)
             else:
-                kv[:, layer].index_copy_(2, slots, pairs[: len(slots)].permute(2, 1, 0, 3))
+                write_pairs(pairs, kv, layer, slots, self._scales)
 
         return write
 
@@ -87,7 +93,7 @@ class CudaAttention:
                 part = attend_decoding(query.index_select(0, places), layer)
                 out.index_copy_(0, places, part)
             for chunk in chunks:
-                chunk.attend(query, kv, layer, self._config.heads, out)
+                chunk.attend(query, kv, layer, self._config.heads, out, self._scales)
             return out
 
         return attend
@@ -108,7 +114,8 @@ class CudaAttention:
                 block_tokens,
                 out.view(-1, heads, head_dim),
                 self._workspace,
-                runtime=self._runtime,
+                self._scales,
+                self._runtime,
             )
             return out
 
@@ -130,17 +137,42 @@ class _Chunk:
             slots = (table[:, None] * block_tokens + np.arange(block_tokens)).reshape(-1)
             self._slots = to_device(slots[: span.total_tokens], kv.device)
 
-    def attend(self, query: Tensor, kv: Tensor, layer: int, heads: int, out: Tensor) -> None:
-        if isinstance(self._slots, slice):
-            pairs = kv[:, layer, :, self._slots]
-        else:
-            pairs = kv[:, layer].index_select(2, self._slots)
+    def attend(
+        self,
+        query: Tensor,
+        kv: Tensor,
+        layer: int,
+        heads: int,
+        out: Tensor,
+        scales: Tensor | None,
+    ) -> None:
+        rows = query[self._rows].view(-1, kv.shape[0], heads // kv.shape[0], kv.shape[-1])
+        pairs = self._pairs(kv, layer)
+        if scales is not None:
+            # float16 has room for every number of one byte; scales are for what is float32.
+            pairs = pairs.to(torch.float16)
+            rows = rows * scales[:, layer, 0, None, None]
         keys, values = pairs.transpose(0, 1)[:, None]
-        rows = query[self._rows].view(-1, heads, kv.shape[-1]).transpose(0, 1)[None]
         attended = scaled_dot_product_attention(
-            rows.to(kv.dtype), keys, values, attn_mask=self._mask, enable_gqa=True
+            rows.flatten(1, 2).transpose(0, 1)[None].to(pairs.dtype),
+            keys,
+            values,
+            attn_mask=self._mask,
+            enable_gqa=True,
         )
-        out[self._rows] = attended[0].transpose(0, 1).flatten(1)
+        result = attended[0].transpose(0, 1).reshape(rows.shape)
+        if scales is not None:
+            result = result.float() * scales[:, layer, 1, None, None]
+        out[self._rows] = result.flatten(1)
+
+    def _pairs(self, kv: Tensor, layer: int) -> Tensor:
+        """K and V of all its tokens in one layer: [kv_heads, 2, tokens, head_dim]."""
+        if isinstance(self._slots, slice):
+            return kv[:, layer, :, self._slots]
+        if kv.element_size() > 1:
+            return kv[:, layer].index_select(2, self._slots)
+        # As bits, since torch does not pick numbers of every dtype.
+        return kv[:, layer].view(torch.int8).index_select(2, self._slots).view(kv.dtype)
 
 
 def _tables(

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+from torch import Tensor
+
+from kvstore.engine.attention import HostAttention
 from kvstore.engine.forward import Forward
 from kvstore.engine.hbm_size import CPU_BYTES
 from kvstore.engine.model import Decoder
@@ -41,14 +44,16 @@ class Device(Protocol):
 class HostDevice:
     """The CPU: everything is computed by the calling thread, and over when it returns."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, scales: Tensor | None = None) -> None:
+        """`scales`, for KV of one byte, are what `HostAttention` takes."""
         self._decoder = decoder
+        self._attention = HostAttention(decoder.config, decoder.device, scales)
 
     def hbm_bytes(self, layout: BlockLayout, chunk_tokens: int, fraction: float) -> int:
         return CPU_BYTES
 
     def forward(self, hbm: HbmTier, store: Store | None) -> Forward:
-        return Forward(self._decoder, hbm)
+        return Forward(self._decoder, hbm, self._attention)
 
     def stopwatch(self) -> Callable[[Observe], None]:
         began_s = time.monotonic()
@@ -61,10 +66,10 @@ class HostDevice:
 _NO_PHASE = nullcontext()
 
 
-def device_of(decoder: Decoder, max_batch: int) -> Device:
-    """For a decoder whose weights are there already."""
+def device_of(decoder: Decoder, max_batch: int, scales: Tensor | None = None) -> Device:
+    """For a decoder whose weights are there already; `scales` are of KV of fp8 or int8."""
     if decoder.device.type != "cuda":
-        return HostDevice(decoder)
+        return HostDevice(decoder, scales)
     from kvstore.engine.device_cuda import CudaDevice
 
-    return CudaDevice(decoder, max_batch)
+    return CudaDevice(decoder, max_batch, scales)

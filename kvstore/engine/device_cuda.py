@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvstore.engine.attention_cuda import CudaAttention, can_read_pages
 from kvstore.engine.batch import Batch, SequenceSpan
@@ -17,7 +18,7 @@ from kvstore.engine.forward import Forward
 from kvstore.engine.hbm_size import kv_bytes
 from kvstore.engine.model import Decoder
 from kvstore.layout import BlockLayout
-from kvstore.tiers.hbm import HbmTier
+from kvstore.tiers.hbm import TORCH_DTYPE, HbmTier
 from kvstore.tiers.hbm_cuda import CudaCopies
 from kvstore.verbs import Store
 
@@ -27,11 +28,12 @@ class CudaDevice:
     tokens are drawn.
     """
 
-    def __init__(self, decoder: Decoder, max_batch: int) -> None:
+    def __init__(self, decoder: Decoder, max_batch: int, scales: Tensor | None = None) -> None:
+        """`scales`, for KV of one byte, are what `CudaAttention` takes."""
         self._decoder = decoder
         self._max_batch = max_batch
         self._attention = CudaAttention(
-            decoder.config, decoder.device, max_rows=step_sizes(max_batch)[-1]
+            decoder.config, decoder.device, max_rows=step_sizes(max_batch)[-1], scales=scales
         )
         self._measured: deque[tuple[Any, Any, Observe]] = deque()  # begin, end; oldest first
 
@@ -49,7 +51,7 @@ class CudaDevice:
                 hbm.copies.pin(memory)
         decoder, layout = self._decoder, hbm.layout
         steps = None
-        if can_read_pages(decoder.config, decoder.dtype, layout.block_tokens):
+        if can_read_pages(decoder.config, hbm.kv.dtype, layout.block_tokens):
             steps = DecodeSteps(
                 decoder,
                 hbm.kv,
@@ -90,7 +92,7 @@ class CudaDevice:
         device = self._decoder.device
         kv = torch.zeros(
             (heads, layers, pair, (chunk_blocks + self._max_batch) * tokens, head_dim),
-            dtype=self._decoder.dtype,
+            dtype=TORCH_DTYPE[layout.dtype],
             device=device,
         )
         decoding = [SequenceSpan(1, 0, [chunk_blocks + row]) for row in range(self._max_batch)]
@@ -101,5 +103,7 @@ class CudaDevice:
         before_bytes = torch.cuda.memory_allocated(device)
         self._decoder.forward(batch, kv, (), self._attention)
         torch.cuda.synchronize(device)
-        gathered_bytes = config.context_tokens * heads * pair * head_dim * kv.element_size()
+        # KV of one byte is gathered as it is, and then widened to two.
+        element_bytes = kv.element_size() + 2 * (kv.element_size() == 1)
+        gathered_bytes = config.context_tokens * heads * pair * head_dim * element_bytes
         return torch.cuda.max_memory_allocated(device) - before_bytes + gathered_bytes

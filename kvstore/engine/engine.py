@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
+from kvstore.engine.calibration import quantised
 from kvstore.engine.checkpoint import Progress
 from kvstore.engine.device import device_of
 from kvstore.engine.hbm_size import FRACTION
@@ -40,6 +41,7 @@ class Engine:
         store: Store | None = None,
         hbm_bytes: int | str = "auto",
         hbm_fraction: float = FRACTION,
+        kv_dtype: str = "auto",
         block_tokens: int = 16,
         max_batch: int = 8,
         prefill_chunk_tokens: int = 512,
@@ -57,10 +59,12 @@ class Engine:
             if value < 1:
                 raise SettingsError(f"{name} is {value}, it must be at least 1")
         self.model = model
+        kept = quantised(model, kv_dtype)
         self.namespace = namespace_of(
-            model, model.decoder.dtype, block_tokens=block_tokens, salt=salt
+            model, model.decoder.dtype, block_tokens=block_tokens, salt=salt, kept=kept
         )
-        layout, device = self.namespace.layout, device_of(model.decoder, max_batch)
+        layout = self.namespace.layout
+        device = device_of(model.decoder, max_batch, None if kept is None else kept.scales)
         if not 0 < hbm_fraction <= 1:
             raise SettingsError(f"hbm_fraction is {hbm_fraction}, it must be above 0 and at most 1")
         if hbm_bytes == "auto":
@@ -90,6 +94,7 @@ class Engine:
         device: str = "cpu",
         hbm_bytes: int | str = "auto",
         hbm_fraction: float = FRACTION,
+        kv_dtype: str = "auto",
         block_tokens: int = 16,
         max_batch: int = 8,
         prefill_chunk_tokens: int = 512,
@@ -103,6 +108,9 @@ class Engine:
         what `hbm_fraction` of its memory leaves beside the weights and the largest step. At most
         `max_batch` sequences are computed in one step, and `prefill_chunk_tokens` tokens of their
         prompts.
+        `kv_dtype` is how KV is kept: "auto" as it is computed, "fp8" and "int8" in one byte an
+        element, half of bfloat16, at the price of some accuracy
+        (docs/adr/0054-quantised-kv.md).
         `salt` separates what this engine stores from all who have another one.
         Raises ModelError when the model cannot be used, SettingsError for a device that is not
         here, KernelError where CUDA's tools are missing.
@@ -112,6 +120,7 @@ class Engine:
             store=store,
             hbm_bytes=hbm_bytes,
             hbm_fraction=hbm_fraction,
+            kv_dtype=kv_dtype,
             block_tokens=block_tokens,
             max_batch=max_batch,
             prefill_chunk_tokens=prefill_chunk_tokens,

@@ -141,9 +141,9 @@ class Decoder:
     @torch.inference_mode()
     def pairs_in_float32(self, tokens: Sequence[int]) -> Iterator[Tensor]:
         """K and V of a prompt, layer by layer, whatever the decoder's own dtype: float32
-        [kv_heads, 2, tokens, head_dim].
+        [kv_heads, 2, tokens, head_dim], which the next layer overwrites.
 
-        Takes memory for one layer in float32 at a time.
+        Takes memory for one layer of weights in float32 at a time.
         """
         c, count = self.config, len(tokens)
         span = SequenceSpan(count, 0, [0])

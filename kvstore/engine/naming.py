@@ -7,29 +7,41 @@ from typing import NamedTuple
 
 import torch
 
-from kvstore.engine.loading import ModelCard, describe
+from kvstore.engine.calibration import Quantised, quantised
+from kvstore.engine.loading import ModelCard, describe, load
 from kvstore.engine.prompts import Prompt, prompt_tokens
 from kvstore.errors import SettingsError
 from kvstore.hashing import Chain, TokenChain
 from kvstore.identity import Namespace, salt_digest
 from kvstore.tiers.hbm import TORCH_DTYPE
 
+COMPUTED = ("float32", "bfloat16", "float16")
+
 
 def namespace_of(
-    model: ModelCard, dtype: torch.dtype, *, block_tokens: int, salt: str = ""
+    model: ModelCard,
+    dtype: torch.dtype,
+    *,
+    block_tokens: int,
+    salt: str = "",
+    kept: Quantised | None = None,
 ) -> Namespace:
-    """What the blocks of this model are stored under. `dtype` is that of its KV."""
+    """What the blocks of this model are stored under.
+
+    `dtype` is that in which its KV is computed, and kept, unless `kept` says otherwise.
+    """
     config = model.config
     return Namespace(
         model=config.name,
         weights=model.weights_fingerprint,
         tokenizer=model.tokenizer_fingerprint,
-        kv_dtype=str(dtype).removeprefix("torch."),
+        kv_dtype=str(dtype).removeprefix("torch.") if kept is None else kept.dtype,
         layers=config.layers,
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
         block_tokens=block_tokens,
         rope=config.rope.canonical(),
+        kv_quantisation="none" if kept is None else kept.identity(dtype),
         salt=salt_digest(salt),
     )
 
@@ -54,15 +66,26 @@ class NamedPrompt(NamedTuple):
 
 
 def name_prompt(
-    path: Path, prompt: Prompt, *, dtype: str, block_tokens: int, salt: str = ""
+    path: Path,
+    prompt: Prompt,
+    *,
+    dtype: str,
+    block_tokens: int,
+    salt: str = "",
+    kv_dtype: str = "auto",
 ) -> NamedPrompt:
-    """As an engine of these settings would store it. Loads no weights; blocks for a second.
+    """As an engine of these settings would store it. Blocks for a second.
 
-    Raises ModelError, and RequestError for what is no prompt.
+    Weights are loaded only where KV is quantised, since its scales come from them. Raises
+    ModelError, and RequestError for what is no prompt.
     """
-    kv_dtype = torch_dtype(dtype)
-    model = describe(path)
-    namespace = namespace_of(model, kv_dtype, block_tokens=block_tokens, salt=salt)
+    computed, kept = torch_dtype(dtype), None
+    if kv_dtype == "auto":
+        model = describe(path)
+    else:
+        loaded = load(path, computed)
+        model, kept = loaded, quantised(loaded, kv_dtype)
+    namespace = namespace_of(model, computed, block_tokens=block_tokens, salt=salt, kept=kept)
     tokens = prompt_tokens(model, prompt)
     return NamedPrompt(model, tokens, TokenChain(namespace, tokens).chain())
 
@@ -71,6 +94,6 @@ def torch_dtype(name: str) -> torch.dtype:
     """Raises SettingsError for a name that is none."""
     if name == "auto":
         return torch.bfloat16
-    if name not in TORCH_DTYPE:
-        raise SettingsError(f"dtype {name!r} is not one of auto, {', '.join(TORCH_DTYPE)}")
+    if name not in COMPUTED:
+        raise SettingsError(f"dtype {name!r} is not one of auto, {', '.join(COMPUTED)}")
     return TORCH_DTYPE[name]
