@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Sequence
 
@@ -105,6 +106,12 @@ class DelayedCopies:
         self.waits = 0  # for copies that were not over
         self.preceded = 0  # copies that had to be over before something was computed
         hbm.copies = self
+
+    def run_some(self, chance: random.Random) -> None:
+        """A few of each direction, or none."""
+        for queue in (self.outward, self.inward):
+            if queue and chance.random() < 0.3:
+                chance.choice(queue).run()
 
     def gated_bytes(self, others_run: bool) -> int:
         return self._gated[others_run]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ import torch
 from kvstore.engine.engine import Engine
 from kvstore.engine.loading import LoadedModel, load
 from kvstore.engine.sampling import SamplingParams
+from kvstore.engine.sequence import Phase
 from kvstore.hashing import TokenChain
 from kvstore.store import BlockStore
 from kvstore.tiers.hbm_copies import UNBOUNDED
@@ -29,6 +30,7 @@ from tests.engine.reference import (
     sources,
 )
 from tests.engine.tiny import tiny_model
+from tests.engine.traffic import Traffic
 
 SLOT_BYTES = 4096  # of RAM, for a block of 2 KiB
 # When loads are made layer by layer while the sequence runs: how many bytes, by whether others do.
@@ -184,59 +186,6 @@ def test_no_layer_is_waited_for_by_those_who_could_not_care_less(
         drain(engine)
 
 
-class Traffic:
-    """Requests, aborts and evictions at random, over copies that end at random."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        copies: DelayedCopies,
-        store: BlockStore,
-        seed: int,
-        expected: Sequence[tuple[int, ...]],
-    ) -> None:
-        self.engine, self.copies, self.store = engine, copies, store
-        self.random = random.Random(seed)
-        self.expected = expected
-        self.tokens: dict[int, list[int]] = {}
-        self.numbers: dict[int, int] = {}  # of the prompts
-
-    def run(self, steps: int) -> None:
-        for _ in range(steps):
-            self._disturb()
-            for queue in (self.copies.outward, self.copies.inward):
-                if queue and self.random.random() < 0.3:
-                    self.random.choice(queue).run()
-            self._step()
-        while self.engine.busy:
-            self._step()
-
-    def check(self) -> None:
-        for request, number in self.numbers.items():
-            assert tuple(self.tokens[request]) == self.expected[number]
-
-    def _step(self) -> None:
-        for delta in self.engine.step():
-            self.tokens[delta.request_id] += delta.token_ids
-        self.engine.check_invariants()
-
-    def _disturb(self) -> None:
-        choice = self.random.random()
-        if choice < 0.25 and len(self.numbers) < 40:
-            number = self.random.randrange(len(PROMPTS))
-            request = self.engine.add_request(PROMPTS[number], GREEDY)
-            self.numbers[request], self.tokens[request] = number, []
-        elif choice < 0.28 and self.numbers:
-            request = self.random.choice(list(self.numbers))
-            self.engine.abort(request)
-            del self.numbers[request]
-        elif choice < 0.33:
-            self.engine.clear_hbm()
-        elif choice < 0.4:
-            prompt = self.random.choice(PROMPTS)
-            self.store.evict(TokenChain(self.engine.namespace, prompt).chain(2))
-
-
 @pytest.mark.parametrize("gated", [NEVER, ALONE, SMALL, ALWAYS])
 @pytest.mark.parametrize("seed", range(4))
 def test_any_order_of_copies_gives_the_same_answers_and_blocks(
@@ -251,8 +200,8 @@ def test_any_order_of_copies_gives_the_same_answers_and_blocks(
             copies,
         ),
     ):
-        traffic = Traffic(engine, copies, store, seed, expected)
-        traffic.run(400)
+        traffic = Traffic(engine, store, seed, expected)
+        traffic.run(400, copies.run_some)
         traffic.check()
         assert engine.stats().counters["offloaded_blocks"] > 20
         assert engine.stats().counters["loaded_blocks"] > 20
@@ -276,6 +225,50 @@ def _check_blocks(
                     assert bytes(one) == bytes(two)
                     compared += 1
     assert compared
+
+
+class Replaced:
+    """A store that others stand for: a daemon that was started again, empty."""
+
+    def __init__(self, store: BlockStore) -> None:
+        self.now = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.now, name)
+
+
+def test_what_has_not_arrived_is_not_stored_elsewhere(deep: LoadedModel, store: BlockStore) -> None:
+    """Demoted to an empty store before its load was over: what would be copied is not there."""
+    with engine_over(deep, store) as engine:
+        engine.generate([LONG], GREEDY)
+    replaced: Any = Replaced(store)
+    with (
+        BlockStore(RamTier(4 << 20)) as other,
+        delayed_engine(deep, replaced, gated=ALONE) as (engine, copies),
+    ):
+        engine.add_request(LONG, GREEDY)
+        engine._loop._admit()  # all layers are on their way, and the sequence is to run
+        (sequence,) = engine._loop._scheduler.running
+        assert (sequence.phase, sequence.computed_blocks) == (Phase.RUNNING, 12)
+        replaced.now = other
+        assert engine._loop._offload is not None
+        engine._loop._offload.demote(sequence)
+        assert not copies.outward
+        drain(engine)
+        assert other.probe(TokenChain(engine.namespace, LONG).chain()).prefix == 0
+
+
+def test_what_is_leaving_does_not_leave_twice(tiny: LoadedModel, store: BlockStore) -> None:
+    with delayed_engine(tiny, store) as (engine, copies):
+        engine.add_request(LONG, GREEDY)
+        for _ in range(4):
+            engine.step()
+        started = len(copies.outward)
+        (sequence,) = engine._loop._scheduler.running
+        assert engine._loop._offload is not None
+        engine._loop._offload.demote(sequence)
+        assert len(copies.outward) == started
+        drain(engine)
 
 
 def test_siblings_over_delayed_copies(tiny: LoadedModel, store: BlockStore) -> None:
