@@ -61,14 +61,15 @@ def print_table(rows: Sequence[Row], unmeasured: Sequence[Unmeasured], console: 
         )
     console.print(table)
     for each in unmeasured:
-        colour = {"skipped": "yellow", "failed": "bold red"}[each.outcome]
-        said = f"[{colour}]{each.outcome}[/] {each.name}: {escape(each.reason)}"
+        colour, word = _OUTCOMES[each.outcome]
+        said = f"[{colour}]{word}[/] {each.name}: {escape(each.reason)}"
         console.print(said, highlight=False, soft_wrap=True)
     failed = [row.name for row in rows if row.ok is False]
     judged = sum(row.ok is not None for row in rows)
     console.print(f"{judged - len(failed)} of {judged} bounds kept", highlight=False)
 
 
+_OUTCOMES = {"skipped": ("yellow", "not measured"), "failed": ("bold red", "failed")}
 _MARKS = {True: "[green]ok[/]", False: "[bold red]misses[/]", None: ""}
 
 

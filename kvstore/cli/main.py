@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from kvstore import __version__
+from kvstore.cli.bench import bench
 from kvstore.cli.chat import chat
 from kvstore.cli.daemon import daemon
 from kvstore.cli.demo import demo
@@ -69,7 +70,7 @@ def cli() -> None:
 
 SECTIONS = {
     "Answers": (generate, chat, demo),
-    "Service": (daemon, token, settings),
+    "Service": (daemon, token, settings, bench),
     "What a store holds": (stat, top, ls, explain, verify),
     "What it is to hold": (retain, evict, gc, export, import_),
 }

@@ -1,0 +1,118 @@
+"""What a benchmark of the GPU is given and may ask for, and what becomes of one that breaks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kvstore.bench.card import Card
+from kvstore.bench.random_model import random_model
+from kvstore.bench.rows import NotHereError, Row, Unmeasured
+from kvstore.bench.sizes import Sizes, weight_count
+from kvstore.engine.loading import LoadedModel
+from kvstore.engine.naming import torch_dtype
+from kvstore.machine import free_disk_bytes, memory_bytes
+from kvstore.quantities import format_size
+
+log = logging.getLogger(__name__)
+
+# Of the device: CUDA's own, a step's tensors, captured graphs, fragments.
+_HBM_SLACK_BYTES = 4 << 30
+_DISK_SLACK_BYTES = 256 << 20
+
+
+class Bench:
+    """One run. `directory` is on the drive that is measured."""
+
+    def __init__(self, card: Card, sizes: Sizes, directory: Path) -> None:
+        self.card = card
+        self.sizes = sizes
+        self.directory = directory
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.sizes.dtype)
+
+    @cached_property
+    def model(self) -> LoadedModel:
+        """Made when it is first asked for; it stays on the device."""
+        return random_model(self.sizes.model, self.dtype, self.card.device)
+
+    def need(self, *, hbm_bytes: int = 0, ram_bytes: int = 0, disk_bytes: int = 0) -> None:
+        """Raises NotHereError where there is not so much."""
+        slack_bytes = 0 if self.card.device.type == "cpu" else _HBM_SLACK_BYTES
+        wanted = (
+            ("on the device", hbm_bytes + slack_bytes, self.card.free_bytes()),
+            ("of RAM", ram_bytes, memory_bytes()),
+            (
+                f"on the drive of {self.directory}",
+                disk_bytes + _DISK_SLACK_BYTES,
+                free_disk_bytes(self.directory),
+            ),
+        )
+        asked = (hbm_bytes, ram_bytes, disk_bytes)
+        for (place, bytes_wanted, there), given in zip(wanted, asked, strict=True):
+            if given and bytes_wanted > there:
+                raise NotHereError(
+                    f"needs {format_size(bytes_wanted)} {place}; there are {format_size(there)}"
+                )
+
+    def need_engine(self, *, hbm_bytes: int, ram_bytes: int = 0, disk_bytes: int = 0) -> None:
+        """As `need`, for so much KV, and for the weights unless they are there."""
+        weights = 0 if "model" in self.__dict__ else weight_count(self.sizes.model)
+        self.need(
+            hbm_bytes=hbm_bytes + weights * self.dtype.itemsize,
+            ram_bytes=ram_bytes,
+            disk_bytes=disk_bytes,
+        )
+
+
+class Benchmark(NamedTuple):
+    """Some rows that are measured together; `run` raises NotHereError where they cannot be."""
+
+    name: str
+    run: Callable[[Bench], Iterator[Row | Unmeasured]]
+
+
+def measured(
+    benchmarks: Sequence[Benchmark], bench: Bench, began: Callable[[str], object]
+) -> Iterator[Row | Unmeasured]:
+    """The rows of all `benchmarks`; one that cannot run, or breaks, costs its own rows alone.
+
+    `began(name)` is called before each.
+    """
+    end_s = time.monotonic() + bench.sizes.time_limit_s
+    for benchmark in benchmarks:
+        if time.monotonic() > end_s:
+            yield Unmeasured(
+                benchmark.name,
+                "skipped",
+                f"{bench.sizes.time_limit_s:.0f} s were over before it began; name it to run it "
+                "alone",
+            )
+            continue
+        began(benchmark.name)
+        yield from _of_one(benchmark, bench)
+        bench.card.clear()
+
+
+def _of_one(benchmark: Benchmark, bench: Bench) -> Iterator[Row | Unmeasured]:
+    try:
+        yield from benchmark.run(bench)
+    except NotHereError as missing:
+        yield Unmeasured(benchmark.name, "skipped", str(missing))
+    except torch.OutOfMemoryError as error:
+        yield Unmeasured(benchmark.name, "skipped", _one_line(error))
+    except Exception as error:
+        log.debug("%s broke", benchmark.name, exc_info=True)
+        yield Unmeasured(benchmark.name, "failed", f"{type(error).__name__}: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

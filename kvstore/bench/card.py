@@ -1,0 +1,174 @@
+"""The device that is measured: its clock, its streams, and its memory."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvstore.engine.decode_steps import Capture, GraphCapture
+from kvstore.engine.device_name import torch_device
+from kvstore.errors import SettingsError
+from kvstore.kernels.cuda_module import Runtime
+
+Work = Callable[[], object]  # starts something on torch's current stream
+
+# The device sleeps so long before it is measured, in its cycles: about 10 ms, in which the host
+# gets ahead of it. What is measured is then the device, and not how fast work is given to it.
+_HEAD_START_CYCLES = 20_000_000
+
+
+class Card(Protocol):
+    """One for a run of benchmarks; belongs to one thread. The tests have one without a device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def runtime(self) -> Runtime | None:
+        """Launches kernels; None: the one that launchers choose for tensors on `device`."""
+        ...
+
+    def seconds(self, work: Work) -> float:
+        """How long the device takes for `work`. Waits for it."""
+        ...
+
+    def seconds_at_once(self, works: Sequence[Work]) -> float:
+        """Until the last of `works` is done, each on a stream of its own."""
+        ...
+
+    def seconds_beside(self, work: Work, company: Sequence[Work]) -> float:
+        """For `work`, while each of `company` is repeated on a stream of its own until it is done.
+
+        Raises RuntimeError where `company` ended first.
+        """
+        ...
+
+    def pinned(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] of host memory that the device reaches."""
+        ...
+
+    def capture(self) -> Capture:
+        """Makes of a computation what can be replayed: CUDA graphs, where there are any."""
+        ...
+
+    def free_bytes(self) -> int: ...
+
+    def clear(self) -> None:
+        """Give back the memory that nobody uses any more."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What it is, for who reads the figures."""
+        ...
+
+
+class CudaCard:
+    """One CUDA device, timed with its own events."""
+
+    runtime: Runtime | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        torch.cuda.set_device(device)
+        self._streams: list[Any] = []
+
+    def seconds(self, work: Work) -> float:
+        begin, end = _event(), _event()
+        self._head_start()
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def seconds_at_once(self, works: Sequence[Work]) -> float:
+        begin, end = _event(), _event()
+        here = torch.cuda.current_stream(self.device)
+        self._head_start()
+        begin.record()
+        for stream, work in zip(self._side_streams(len(works)), works, strict=True):
+            stream.wait_event(begin)
+            with torch.cuda.stream(stream):
+                work()
+            here.wait_stream(stream)
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def seconds_beside(self, work: Work, company: Sequence[Work]) -> float:
+        alone_s = self.seconds(work)
+        # Company slows each other down as well, so this is more than enough of each.
+        repeats = [math.ceil(2 * alone_s / self.seconds(each)) + 1 for each in company]
+        gate, begin, end = _event(), _event(), _event()
+        self._head_start()
+        gate.record()
+        streams = self._side_streams(len(company))
+        lasts = []
+        for stream, each, count in zip(streams, company, repeats, strict=True):
+            stream.wait_event(gate)
+            with torch.cuda.stream(stream):
+                for _ in range(count):
+                    each()
+            lasts.append(stream.record_event())
+        begin.record()  # not earlier: to start all of that takes the host a while
+        work()
+        end.record()
+        end.synchronize()
+        ended_first = any(last.query() for last in lasts)
+        torch.cuda.synchronize(self.device)
+        if ended_first:
+            raise RuntimeError("the copies beside it ended first: what was measured is neither")
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def pinned(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def capture(self) -> Capture:
+        return GraphCapture(self.device)
+
+    def free_bytes(self) -> int:
+        self.clear()
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def clear(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def facts(self) -> dict[str, Any]:
+        properties = torch.cuda.get_device_properties(self.device)
+        return {
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+        }
+
+    def _head_start(self) -> None:
+        torch.cuda.synchronize(self.device)
+        sleep: Callable[[int], None] = torch.cuda._sleep
+        sleep(_HEAD_START_CYCLES)
+
+    def _side_streams(self, count: int) -> list[Any]:
+        new: Callable[..., Any] = torch.cuda.Stream
+        while len(self._streams) < count:
+            self._streams.append(new(self.device))
+        return self._streams[:count]
+
+
+def cuda_card(name: str) -> CudaCard:
+    """`cuda` or `cuda:N`. Raises SettingsError for one that is not here."""
+    device = torch_device(name)
+    if device.type != "cuda":
+        raise SettingsError(f"device {name}: this measures GPUs; give cuda, or cuda:1")
+    return CudaCard(device)
+
+
+def _event() -> Any:
+    event: Callable[..., Any] = torch.cuda.Event
+    return event(enable_timing=True)

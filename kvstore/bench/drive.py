@@ -1,0 +1,87 @@
+"""How fast the drive can be read, by nothing but reads: large, direct, several at once."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+_PIECE_BYTES = 2 << 20
+_WRITE_BYTES = 64 << 20
+_DEPTHS = (1, 2, 4, 8, 16, 32)
+
+
+class Drive:
+    """A file of random bytes, and its pieces in random order. Everything here blocks."""
+
+    def __init__(self, file: int, nbytes: int, direct: bool) -> None:
+        self._file = file
+        self.direct = direct
+        self._offsets = list(range(0, nbytes, _PIECE_BYTES))
+        random.Random(0).shuffle(self._offsets)
+        self.total_bytes = len(self._offsets) * _PIECE_BYTES
+        self.depth = min(_DEPTHS, key=lambda depth: self._seconds(depth))
+
+    def seconds(self) -> float:
+        """Of reading all of it once, with as many reads at once as were found to be best."""
+        return self._seconds(self.depth)
+
+    @property
+    def about(self) -> str:
+        how = "O_DIRECT" if self.direct else "buffered: O_DIRECT is refused here"
+        return f"reads of 2 MiB, {self.depth} at once, {how}"
+
+    def _seconds(self, depth: int) -> float:
+        left = iter(self._offsets)
+
+        def read() -> None:
+            with mmap.mmap(-1, _PIECE_BYTES) as buffer:
+                for offset in left:  # one iterator for all threads: each piece is read once
+                    if os.preadv(self._file, [buffer], offset) != _PIECE_BYTES:
+                        raise OSError("the file that is read is shorter than it was")
+
+        with ThreadPoolExecutor(depth) as threads:
+            begin = time.perf_counter()
+            for done in [threads.submit(read) for _ in range(depth)]:
+                done.result()
+            return time.perf_counter() - begin
+
+
+@contextmanager
+def reading(directory: Path, nbytes: int) -> Iterator[Drive]:
+    """A drive measured over a file of about `nbytes` in `directory`, which is removed at the end.
+
+    Takes as long as writing it and reading it a few times.
+    """
+    path = directory / "reads"
+    pieces = max(1, nbytes // _PIECE_BYTES)
+    _write(path, pieces * _PIECE_BYTES)
+    file, direct = _open(path)
+    try:
+        yield Drive(file, pieces * _PIECE_BYTES, direct)
+    finally:
+        os.close(file)
+        path.unlink()
+
+
+def _write(path: Path, nbytes: int) -> None:
+    generate: Callable[[int], bytes] = random.Random(1).randbytes
+    content = generate(min(nbytes, _WRITE_BYTES))
+    with path.open("wb") as out:
+        for start in range(0, nbytes, len(content)):
+            out.write(content[: nbytes - start])
+        out.flush()
+        os.fsync(out.fileno())
+        os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+    except OSError:  # tmpfs, overlays
+        return os.open(path, os.O_RDONLY), False

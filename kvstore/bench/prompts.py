@@ -1,0 +1,230 @@
+"""Time to first token of one long prompt: computed, from RAM, from NVMe, and in company.
+
+A prompt has one token more than its blocks hold, so that one token is computed when all blocks
+are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+from kvstore import compose
+from kvstore.bench.asking import first_token, fresh_tokens
+from kvstore.bench.benchmark import Bench
+from kvstore.bench.drive import Drive, reading
+from kvstore.bench.rows import Row, Unmeasured
+from kvstore.bench.sizes import token_bytes
+from kvstore.bench.turns import Turn, medians
+from kvstore.engine.engine import Engine
+from kvstore.engine.output import Usage
+from kvstore.hashing import Chain, TokenChain
+from kvstore.quantities import format_size
+from kvstore.verbs import Store
+
+RAM_AT_MOST, HALF_AT_MOST, NVME_AT_MOST = 0.10, 0.65, 1.15
+_FLUSH_S = 120.0
+
+
+def measure_ram(bench: Bench) -> Iterator[Row | Unmeasured]:
+    """From RAM, all of it or the leading half, beside computing all of it."""
+    prompt_bytes = _prompt_bytes(bench)
+    ram_bytes = prompt_bytes * 3 // 2
+    bench.need_engine(hbm_bytes=_hbm_bytes(bench), ram_bytes=2 * ram_bytes)
+    with (
+        compose.open(ram_bytes=ram_bytes) as store,
+        _engine(bench, store) as engine,
+    ):
+        asked = _Alternating(bench, engine, store)
+        turns = {"computed": asked.computed, "ram": asked.from_ram, "half": asked.half}
+        in_ms = {name: s * 1e3 for name, s in medians(turns, bench.sizes.prompt_rounds).items()}
+    name = _name(bench)
+    rate = prompt_bytes / in_ms["ram"] / 1e6
+    computed = "the same prompt computed"
+    yield Row(f"{name}, computed", "prompts", in_ms["computed"], "ms")
+    yield Row(
+        name=f"{name}, from RAM",
+        group="prompts",
+        value=in_ms["ram"],
+        unit="ms",
+        ceiling=in_ms["computed"],
+        against=computed,
+        at_most=RAM_AT_MOST,
+        note=f"{format_size(prompt_bytes)}, {rate:.1f} GB/s from arrival to first token",
+    )
+    yield Row(
+        name=f"{name}, leading half from RAM",
+        group="prompts",
+        value=in_ms["half"],
+        unit="ms",
+        ceiling=in_ms["computed"],
+        against=computed,
+        at_most=HALF_AT_MOST,
+    )
+
+
+class _Alternating:
+    """Turns that follow one another: a new prompt computed, found, found by half."""
+
+    def __init__(self, bench: Bench, engine: Engine, store: Store) -> None:
+        self._bench, self._engine, self._store = bench, engine, store
+        self._prompt: list[int] = []
+
+    def computed(self) -> float:
+        self._prompt = _new_prompt(self._bench)
+        return self._ask(ram_tokens=0)
+
+    def from_ram(self) -> float:
+        return self._ask(ram_tokens=len(self._prompt) - 1)
+
+    def half(self) -> float:
+        chain = _chain(self._engine, self._prompt)
+        half = len(chain) // 2
+        self._store.evict(chain.slice(half))
+        return self._ask(ram_tokens=half * self._bench.sizes.block_tokens)
+
+    def _ask(self, ram_tokens: int) -> float:
+        self._engine.clear_hbm()
+        usage = first_token(self._engine, self._prompt)
+        if usage.ram_tokens != ram_tokens:
+            raise RuntimeError(f"{ram_tokens} tokens should have come from RAM: {usage}")
+        return usage.ttft_s
+
+
+def measure_nvme(bench: Bench) -> Iterator[Row | Unmeasured]:
+    """From NVMe, beside the drive; and by whatever the engine finds best, beside either alone.
+
+    RAM has room for one prompt. What is asked for lies on NVMe alone, since another prompt has
+    taken its place in RAM.
+    """
+    sizes, prompt_bytes = bench.sizes, _prompt_bytes(bench)
+    nvme_bytes = prompt_bytes * 9 // 4 + (64 << 20)
+    bench.need_engine(
+        hbm_bytes=3 * _hbm_bytes(bench),
+        ram_bytes=2 * prompt_bytes,
+        disk_bytes=nvme_bytes + sizes.drive_bytes,
+    )
+    prompts = [_new_prompt(bench), _new_prompt(bench)]
+    with ExitStack() as stack:
+        store = stack.enter_context(
+            compose.open(
+                ram_bytes=prompt_bytes,
+                nvme_path=bench.directory / "nvme",
+                nvme_bytes=nvme_bytes,
+            )
+        )
+        # One that never learns how fast it computes, and so loads all there is; one that
+        # knows, and chooses; and one that has nothing to load from.
+        loading = stack.enter_context(_engine(bench, store))
+        choosing = stack.enter_context(_engine(bench, store))
+        computing = stack.enter_context(_engine(bench, None))
+        first_token(computing, fresh_tokens(sizes.model.vocab_size, 2 * sizes.chunk_tokens))
+        for prompt in prompts:
+            first_token(choosing, prompt)
+            if not store.flush(_FLUSH_S):
+                raise RuntimeError(f"the prompt was not on the drive after {_FLUSH_S:.0f} s")
+        drive = stack.enter_context(reading(bench.directory, sizes.drive_bytes))
+        cold = _Cold(store, loading, prompts)
+        choices: list[Usage] = []
+        turns: dict[str, Turn] = {
+            "drive": drive.seconds,
+            "load": partial(cold.ask, loading, []),
+            "choose": partial(cold.ask, choosing, choices),
+            "compute": partial(_compute, computing, prompts[0]),
+        }
+        seconds = medians(turns, sizes.prompt_rounds)
+    if cold.least_nvme_tokens < sizes.prompt_tokens:
+        raise RuntimeError(f"only {cold.least_nvme_tokens} tokens came from NVMe")
+    yield from _nvme_rows(bench, drive, seconds, choices[-1])
+
+
+class _Cold:
+    """Prompts of which one is in RAM, and the other is asked for."""
+
+    def __init__(self, store: Store, loading: Engine, prompts: Sequence[list[int]]) -> None:
+        self._store, self._loading = store, loading
+        self._prompts = list(prompts)  # the first is the next
+        self.least_nvme_tokens = len(prompts[0])  # of what the loading engine was asked for
+
+    def ask(self, engine: Engine, usages: list[Usage]) -> float:
+        prompt, other = self._prompts
+        with self._store.acquire(_chain(engine, other)) as lease:
+            lease.wait()  # takes the other's place in RAM
+        engine.clear_hbm()
+        usage = first_token(engine, prompt)
+        self._prompts.reverse()
+        usages.append(usage)
+        if engine is self._loading:
+            self.least_nvme_tokens = min(self.least_nvme_tokens, usage.nvme_tokens)
+        return usage.ttft_s
+
+
+def _compute(engine: Engine, prompt: list[int]) -> float:
+    engine.clear_hbm()
+    return first_token(engine, prompt).ttft_s
+
+
+def _nvme_rows(
+    bench: Bench, drive: Drive, seconds: dict[str, float], choice: Usage
+) -> Iterator[Row]:
+    prompt_bytes, name = _prompt_bytes(bench), _name(bench)
+    rate = drive.total_bytes / seconds["drive"]
+    alone = min(("load", "compute"), key=lambda way: seconds[way])
+    yield Row(
+        name=f"{name}, from NVMe",
+        group="prompts",
+        value=seconds["load"] * 1e3,
+        unit="ms",
+        ceiling=prompt_bytes / rate * 1e3,
+        against=f"its {format_size(prompt_bytes)} at {rate / 1e9:.2f} GB/s: {drive.about}",
+        at_most=NVME_AT_MOST,
+        note="checksums are verified",
+    )
+    yield Row(
+        name=f"{name}, loaded from NVMe and computed at once",
+        group="prompts",
+        value=seconds["choose"] * 1e3,
+        unit="ms",
+        ceiling=seconds[alone] * 1e3,
+        against=f"the quicker of both alone, to {alone}: loading {seconds['load'] * 1e3:,.0f} ms, "
+        f"computing {seconds['compute'] * 1e3:,.0f} ms",
+        at_most=HALF_AT_MOST,
+        note=f"the last time {choice.nvme_tokens} tokens came from NVMe, {choice.ram_tokens} from "
+        f"RAM, and {choice.recomputed_tokens} were computed",
+    )
+
+
+def _engine(bench: Bench, store: Store | None) -> Engine:
+    sizes = bench.sizes
+    return Engine(
+        bench.model,
+        store=store,
+        hbm_bytes=_hbm_bytes(bench),
+        block_tokens=sizes.block_tokens,
+        max_batch=1,
+        prefill_chunk_tokens=sizes.chunk_tokens,
+    )
+
+
+def _hbm_bytes(bench: Bench) -> int:
+    """Of one engine: a prompt, and a few blocks."""
+    sizes = bench.sizes
+    more = 8 * sizes.block_tokens
+    return (sizes.prompt_tokens + more) * token_bytes(sizes.model, bench.dtype.itemsize)
+
+
+def _prompt_bytes(bench: Bench) -> int:
+    return bench.sizes.prompt_tokens * token_bytes(bench.sizes.model, bench.dtype.itemsize)
+
+
+def _new_prompt(bench: Bench) -> list[int]:
+    return fresh_tokens(bench.sizes.model.vocab_size, bench.sizes.prompt_tokens + 1)
+
+
+def _chain(engine: Engine, prompt: Sequence[int]) -> Chain:
+    return TokenChain(engine.namespace, prompt).chain()
+
+
+def _name(bench: Bench) -> str:
+    return f"TTFT of {bench.sizes.prompt_tokens:,} tokens"

@@ -1,0 +1,205 @@
+"""How many sessions one card serves: each thinks for a while, comes back, and asks again.
+
+With think times it would take hours. So there are none: more sessions than HBM has room for take
+turns, the same order again and again, so many of them at once that the engine is never idle, and
+what is measured is how many turns it answers in a second and how evenly it makes their tokens.
+Then, by Little's law, as many sessions are served as come back in the time that one thinks.
+
+Without a store what a session had is computed again at each turn, except for the sessions that
+HBM has room for, which are counted as if they cost nothing. With one, their blocks must lie
+somewhere below HBM: so many sessions need so much RAM or NVMe, which is said beside the figure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import cycle
+from typing import NamedTuple
+
+from kvstore import compose
+from kvstore.bench.asking import answer_of, fresh_tokens
+from kvstore.bench.benchmark import Bench
+from kvstore.bench.rows import Row, Unmeasured
+from kvstore.bench.sizes import Sizes, token_bytes
+from kvstore.engine.engine import Engine
+from kvstore.quantities import format_size
+
+AT_LEAST = 10.0
+_FILL_AT_ONCE = 4
+
+
+class Pace(NamedTuple):
+    """What was measured with `at_once` sessions being answered at the same time."""
+
+    at_once: int
+    turns_per_s: float
+    p95_s: float  # between two tokens of an answer
+
+
+def percentile_95(values: Sequence[float]) -> float:
+    """The least value that 95 % of `values` do not exceed. Raises ValueError without any."""
+    if not values:
+        raise ValueError("no values")
+    return sorted(values)[-(-95 * len(values) // 100) - 1]
+
+
+def best(paces: Sequence[Pace], p95_s: float | None = None) -> Pace | None:
+    """The one with the most turns, of those with at most `p95_s` between tokens."""
+    alike = [pace for pace in paces if p95_s is None or pace.p95_s <= p95_s]
+    return max(alike, key=lambda pace: pace.turns_per_s, default=None)
+
+
+def served(turns_per_s: float, think_s: float, resident: int = 0) -> float:
+    """Sessions that come back after `think_s`; those that are resident take none of the turns."""
+    return turns_per_s * think_s + resident
+
+
+def measure(bench: Bench) -> Iterator[Row | Unmeasured]:
+    sizes = bench.sizes
+    session_bytes = sizes.session_tokens * token_bytes(sizes.model, bench.dtype.itemsize)
+    ram_bytes = sizes.sessions * session_bytes * 9 // 8
+    bench.need_engine(hbm_bytes=2 * sizes.session_hbm_bytes, ram_bytes=ram_bytes * 5 // 4)
+    make = partial(
+        Engine,
+        bench.model,
+        hbm_bytes=sizes.session_hbm_bytes,
+        block_tokens=sizes.block_tokens,
+        max_batch=max(sizes.at_once),
+        prefill_chunk_tokens=sizes.chunk_tokens,
+    )
+    contexts = [
+        fresh_tokens(
+            sizes.model.vocab_size,
+            sizes.session_tokens - sizes.question_tokens - sizes.answer_tokens,
+        )
+        for _ in range(sizes.sessions)
+    ]
+    with (
+        compose.open(ram_bytes=ram_bytes) as store,
+        make(store=store) as on,
+        make() as off,
+    ):
+        for first in range(0, len(contexts), _FILL_AT_ONCE):
+            on.generate(contexts[first : first + _FILL_AT_ONCE], answer_of(1))
+        turns_off, turns_on = _Turns(off, contexts, sizes), _Turns(on, contexts, sizes)
+        paces_off, paces_on = [], []
+        for at_once in sizes.at_once:
+            paces_off.append(turns_off.pace(at_once))
+            paces_on.append(turns_on.pace(at_once))
+        loaded = on.stats().counters.get("loaded_blocks", 0)
+    if not loaded:
+        raise RuntimeError("no block was loaded")
+    yield from _rows(sizes, paces_off, paces_on, session_bytes)
+
+
+class _Turns:
+    """One engine, and the sessions that take turns with it."""
+
+    def __init__(self, engine: Engine, contexts: Sequence[list[int]], sizes: Sizes) -> None:
+        self._engine = engine
+        self._sizes = sizes
+        self._next = cycle(contexts)
+        self._latest: dict[int, float | None] = {}  # requests, and when their last token came
+
+    def pace(self, at_once: int) -> Pace:
+        """Answer so many sessions at once, for as long as the sizes say.
+
+        Counting begins when as many turns are over as were begun at the same moment.
+        """
+        gaps: list[float] = []
+        over, counted_from = 0, 0
+        began_s = end_s = 0.0
+        while not end_s or time.perf_counter() < end_s:
+            while len(self._latest) < at_once:
+                self._ask()
+            over += self._step(gaps)
+            if not end_s and over >= at_once:
+                began_s, counted_from = time.perf_counter(), over
+                end_s = began_s + self._sizes.session_run_s
+                gaps.clear()
+        taken_s = time.perf_counter() - began_s
+        for request in self._latest:
+            self._engine.abort(request)
+        self._latest.clear()
+        while self._engine.busy:
+            self._engine.step()
+        if over == counted_from:
+            raise RuntimeError(f"no turn was over within {taken_s:.1f} s")
+        return Pace(at_once, (over - counted_from) / taken_s, percentile_95(gaps))
+
+    def _ask(self) -> None:
+        sizes = self._sizes
+        question = fresh_tokens(sizes.model.vocab_size, sizes.question_tokens)
+        request = self._engine.add_request(
+            next(self._next) + question, answer_of(sizes.answer_tokens)
+        )
+        self._latest[request] = None
+
+    def _step(self, gaps: list[float]) -> int:
+        """How many turns are over after it; times between tokens go to `gaps`."""
+        deltas, over = self._engine.step(), 0
+        now_s = time.perf_counter()
+        for delta in deltas:
+            before_s = self._latest[delta.request_id]
+            if before_s is not None:
+                gaps.append(now_s - before_s)
+            self._latest[delta.request_id] = now_s
+            if delta.usage is not None:
+                del self._latest[delta.request_id]
+                over += 1
+        return over
+
+
+def _rows(
+    sizes: Sizes, paces_off: Sequence[Pace], paces_on: Sequence[Pace], session_bytes: int
+) -> Iterator[Row | Unmeasured]:
+    off = best(paces_off)
+    on = None if off is None else best(paces_on, off.p95_s)
+    if off is None or on is None:
+        each = ", ".join(f"{pace.p95_s * 1e3:.0f} ms at {pace.at_once}" for pace in paces_on)
+        limit = "none" if off is None else f"{off.p95_s * 1e3:.0f} ms"
+        yield Unmeasured(
+            "sessions",
+            "failed",
+            f"with offload no pace keeps the p95 between tokens of the best without, {limit}: "
+            f"it was {each}",
+        )
+        return
+    context = f"{sizes.session_tokens:,}-token sessions"
+    resident = sizes.session_hbm_bytes // session_bytes
+    without = served(off.turns_per_s, sizes.think_s, resident)
+    value = served(on.turns_per_s, sizes.think_s)
+    below = format_size(int(value) * session_bytes)
+    yield Row(
+        name=f"{context} served with offload",
+        group="sessions",
+        value=value,
+        unit="sessions",
+        ceiling=without,
+        against=f"without, at the same p95 between tokens; {format_size(sizes.session_hbm_bytes)} "
+        f"of KV, {sizes.think_s:.0f} s of thinking",
+        at_least=AT_LEAST,
+        note=f"turns a second times {sizes.think_s:.0f} s, and without offload {resident} more, "
+        f"which HBM holds; {len(paces_on)} paces of {sizes.session_run_s:g} s each, "
+        f"{sizes.sessions} sessions in turn; so many sessions need {below} below HBM",
+    )
+    yield Row(
+        name=f"turns of {context} with offload",
+        group="sessions",
+        value=on.turns_per_s,
+        unit="turns/s",
+        ceiling=off.turns_per_s,
+        against=f"without; {on.at_once} and {off.at_once} at once, {sizes.question_tokens} tokens "
+        f"asked and {sizes.answer_tokens} answered",
+    )
+    yield Row(
+        name="p95 between tokens with offload, at that pace",
+        group="sessions",
+        value=on.p95_s * 1e3,
+        unit="ms",
+        ceiling=off.p95_s * 1e3,
+        against="without, at its best pace",
+        at_most=1.0,
+    )
