@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+from kvstore.engine.attention import HostAttention
 from kvstore.engine.batch import Batch, SequenceSpan
+from kvstore.engine.calibration import Quantised
 from kvstore.engine.engine import Engine
 from kvstore.engine.loading import LoadedModel
 from kvstore.engine.output import Delta, Output, Usage
 from kvstore.engine.sampling import SamplingParams
 from kvstore.store import BlockStore
+from kvstore.tiers.hbm import TORCH_DTYPE
 
 BLOCK_TOKENS = 4
 # Long and short, alike at the beginning and not, one of exactly two blocks, one of one token.
@@ -38,17 +41,21 @@ def block_bytes(model: LoadedModel, tokens: int = BLOCK_TOKENS) -> int:
     return c.kv_heads * c.layers * 2 * tokens * c.head_dim * 4
 
 
-def greedy(model: LoadedModel, prompt: Sequence[int], count: int) -> tuple[int, ...]:
+def greedy(
+    model: LoadedModel, prompt: Sequence[int], count: int, kept: Quantised | None = None
+) -> tuple[int, ...]:
     """One sequence in one run of blocks, nothing shared, the whole prompt in one pass."""
     c = model.config
     slots = len(prompt) + count
-    kv = torch.zeros(c.kv_heads, c.layers, 2, slots, c.head_dim, dtype=model.decoder.dtype)
+    dtype = model.decoder.dtype if kept is None else TORCH_DTYPE[kept.dtype]
+    kv = torch.zeros(c.kv_heads, c.layers, 2, slots, c.head_dim, dtype=dtype)
+    attention = HostAttention(c, kv.device, None if kept is None else kept.scales)
     tokens, done = list(prompt), 0
     while len(tokens) < slots:
         span = SequenceSpan(len(tokens) - done, done, range(slots))
         batch = Batch.build([span], [tokens[done:]], block_tokens=1)
         done = len(tokens)
-        tokens.append(int(model.decoder.forward(batch, kv).argmax()))
+        tokens.append(int(model.decoder.forward(batch, kv, attention=attention).argmax()))
     return tuple(tokens[len(prompt) :])
 
 
