@@ -145,7 +145,7 @@ __device__ inline void store_vector(T* address, const Vector<T, N>& vector) {
 // Zeros instead of the source where `valid` is false; nothing is read then.
 __device__ inline void copy_async(void* shared, const void* global, bool valid = true) {
 #ifdef KVSTORE_EMULATED
-  emulated_copy_async(shared, global, valid ? 16 : 0, valid ? 0 : 16);
+  emulator::copy_async(shared, global, valid ? 16 : 0, valid ? 0 : 16);
 #else
   unsigned address = unsigned(__cvta_generic_to_shared(shared));
   int bytes = valid ? 16 : 0;
@@ -157,7 +157,7 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid =
 }
 __device__ inline void copy_async_commit() {
 #ifdef KVSTORE_EMULATED
-  emulated_copy_commit();
+  emulator::copy_async_commit();
 #else
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
@@ -166,7 +166,7 @@ __device__ inline void copy_async_commit() {
 template <int LEFT>
 __device__ inline void copy_async_wait() {
 #ifdef KVSTORE_EMULATED
-  emulated_copy_wait(LEFT);
+  emulator::copy_async_wait(LEFT);
 #else
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 #endif

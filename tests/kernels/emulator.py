@@ -25,13 +25,13 @@ from kvstore.kernels.cuda_module import Rows
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "kernels" / "csrc"
-# Alignment and bounds are checked where the hardware would fault; emulator.h has the handlers.
 # Contraction: the device's compiler fuses a multiplication and an addition as well.
 FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-w"),
-    *("-ffp-contract=fast", "-fsanitize=alignment,bounds,null", "-DKVSTORE_EMULATED"),
-    f"-I{HERE}",
+    *("-ffp-contract=fast", "-DKVSTORE_EMULATED", f"-I{HERE}"),
 )
+# What hardware would not forgive is checked; emulator.cpp has the handlers.
+CHECKS = "-fsanitize=alignment,bounds,null"
 
 
 class EmulatorError(Exception):
@@ -112,24 +112,35 @@ def _compiled(folder: Path, source: Path, kernel: str) -> Path:
           return emulator::start({kernel}, shape, arguments, sizes, count);
         }}
     """
-    parts = [program, *FLAGS]
-    parts += [path.read_text() for path in sorted(HERE.glob("*.h"))]
-    parts += [path.read_text() for path in sorted(source.parent.glob("*.cu*"))]
+    own = [HERE / "emulator.cpp", *sorted(HERE.glob("*.h"))]
+    emulator = _object(folder, own[0].read_text(), own, ())
+    used = [*own, *sorted(source.parent.glob("*.cu*"))]
+    unit = _object(folder, program, used, (CHECKS, f"-I{source.parent}"))
+    library = unit.with_suffix(".so")
+    if not library.exists():
+        # Without the sanitizers' library.
+        _make(library, "g++", "-shared", "-Wl,-z,defs", str(unit), str(emulator))
+    return library
+
+
+def _object(folder: Path, program: str, used: Sequence[Path], options: Sequence[str]) -> Path:
+    """What a program compiles to, named by the hash of all that goes into it."""
+    parts = [program, *FLAGS, *(path.read_text() for path in used)]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    target = folder / f"{name}.so"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        (Path(scratch) / "kernel.cpp").write_text(program)
-        _run(scratch, "g++", *FLAGS, f"-I{source.parent}", "-c", "kernel.cpp", "-o", "kernel.o")
-        # Linked without the sanitizers' library: its handlers are ours.
-        _run(scratch, "g++", "-shared", "-Wl,-z,defs", "kernel.o", "-o", "kernel.so")
-        os.replace(Path(scratch) / "kernel.so", target)
+    target = folder / f"{name}.o"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _make(target, "g++", *FLAGS, *options, "-x", "c++", "-c", "-", program=program)
     return target
 
 
-def _run(folder: str, *command: str) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:4000]}")
+def _make(target: Path, *command: str, program: str = "") -> None:
+    """Run a command that makes `target`, which is seen whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch) / target.name
+        done = subprocess.run(
+            [*command, "-o", str(made)], input=program, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:4000]}")
+        os.replace(made, target)

@@ -20,10 +20,10 @@
 // `thread_local` may stand both before a variable in a function and behind `extern`.
 #define __shared__ thread_local
 
-#define threadIdx (emulator::self->thread)
+#define threadIdx (emulator::self->index)
 #define blockIdx (emulator::block_index)
-#define blockDim (emulator::launch->block)
-#define gridDim (emulator::launch->grid)
+#define blockDim (emulator::launch.block)
+#define gridDim (emulator::launch.grid)
 constexpr int warpSize = emulator::WARP;
 
 #define VECTOR2(name, type)                   \
@@ -62,13 +62,11 @@ inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; 
 inline void __syncthreads(int line = __builtin_LINE()) { emulator::wait_at_barrier(line); }
 
 inline void __syncwarp(unsigned mask = 0xffffffff, int line = __builtin_LINE()) {
-  emulator::wait_in_warp(emulator::WarpCall::sync, mask, line);
+  emulator::sync_warp(mask, line);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-  emulator::self->value[0] = predicate != 0;
-  emulator::wait_in_warp(emulator::WarpCall::ballot, mask, line);
-  return emulator::self->ballot;
+  return emulator::ballot(mask, predicate != 0, line);
 }
 inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   return __ballot_sync(mask, predicate, line) != 0;
@@ -80,10 +78,7 @@ inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE())
 template <typename T>
 T emulated_shuffle(unsigned mask, T value, int source, int line) {
   static_assert(sizeof(T) <= 8, "shuffles move 4 or 8 bytes");
-  memcpy(emulator::self->value, &value, sizeof value);
-  emulator::self->source = source;
-  emulator::wait_in_warp(emulator::WarpCall::shuffle, mask, line);
-  memcpy(&value, emulator::self->value, sizeof value);
+  emulator::shuffle(mask, source, &value, sizeof value, line);
   return value;
 }
 inline int emulated_lane() { return emulator::self->number % emulator::WARP; }
@@ -130,11 +125,11 @@ T atomicAdd(T* address, T value) {
 }
 template <typename T>
 T atomicMax(T* address, T value) {
-  return emulated_exchange(address, std::max(*address, value));
+  return emulated_exchange(address, *address < value ? value : *address);
 }
 template <typename T>
 T atomicMin(T* address, T value) {
-  return emulated_exchange(address, std::min(*address, value));
+  return emulated_exchange(address, value < *address ? value : *address);
 }
 template <typename T>
 T atomicExch(T* address, T value) {
@@ -204,36 +199,4 @@ constexpr std::common_type_t<A, B> min(A a, B b) {
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> max(A a, B b) {
   return a < b ? b : a;
-}
-
-// cp.async: see the head of emulator.h. Even seeds copy as late as may be, odd ones at once.
-
-inline void emulated_copy(const emulator::AsyncCopy& copy) {
-  memcpy(copy.target, copy.source, copy.bytes);
-  memset(static_cast<char*>(copy.target) + copy.bytes, 0, copy.zeros);
-}
-// `bytes` from `source`, and behind them `zeros` zero bytes; both together 4, 8 or 16.
-inline void emulated_copy_async(void* target, const void* source, size_t bytes, size_t zeros) {
-  size_t size = bytes + zeros;
-  if (uintptr_t(target) % size || (bytes && uintptr_t(source) % size)) {
-    emulator::fault("an asynchronous copy of %zu bytes from %p to %p", size, source, target);
-    emulator::end_with_fault();
-  }
-  emulator::AsyncCopy copy = {target, source, bytes, zeros};
-  if (emulator::launch->seed % 2) emulated_copy(copy);
-  emulator::self->open.push_back(copy);
-}
-inline void emulated_copy_commit() {
-  emulator::self->groups.push_back(std::move(emulator::self->open));
-  emulator::self->open.clear();
-}
-// Until at most `left` of the groups committed are still under way.
-inline void emulated_copy_wait(size_t left) {
-  auto& groups = emulator::self->groups;
-  while (groups.size() > left) {
-    if (emulator::launch->seed % 2 == 0) {
-      for (const auto& copy : groups.front()) emulated_copy(copy);
-    }
-    groups.erase(groups.begin());
-  }
 }

@@ -8,23 +8,14 @@
 
 #include <cstdarg>
 #include <cstdio>
-#include <cstring>
 #include <functional>
 #include <vector>
 
-struct uint3 {
-  unsigned x, y, z;
-};
-struct dim3 : uint3 {
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : uint3{x, y, z} {}
-};
+#include "emulator.h"
 
 namespace emulator {
 
-constexpr int WARP = 32;
 constexpr size_t STACK_BYTES = 128 * 1024;
-constexpr int MAX_THREADS = 1024;
-constexpr unsigned char GARBAGE = 0xff;  // NaN in every float format
 
 enum class State { ready, at_barrier, in_warp, done, faulted };
 enum class WarpCall { sync, shuffle, ballot };
@@ -35,13 +26,11 @@ struct AsyncCopy {
   size_t bytes, zeros;
 };
 
-struct Fiber {
+struct Fiber : Thread {
   jmp_buf context;
   ucontext_t first;
   bool started = false;
   State state = State::done;
-  uint3 thread;
-  int number;  // within the block
   // What a waiting fiber waits for.
   int line;
   WarpCall call;
@@ -54,20 +43,14 @@ struct Fiber {
   std::vector<AsyncCopy> open;
 };
 
-struct Launch {
-  uint3 grid, block;
-  unsigned shared_bytes, seed;
-};
+Thread* self = nullptr;
+uint3 block_index;
+Launch launch;
+jmp_buf scheduler;
+std::function<void()> body;
+char fault_text[512];
 
-inline Fiber* self = nullptr;
-inline uint3 block_index;
-inline const Launch* launch = nullptr;
-inline jmp_buf scheduler;
-inline std::function<void()>* body = nullptr;
-inline char fault_text[512];
-
-// The first fault of a launch is kept.
-inline void fault(const char* format, ...) {
+void fault(const char* format, ...) {
   if (fault_text[0]) return;
   va_list arguments;
   va_start(arguments, format);
@@ -76,36 +59,38 @@ inline void fault(const char* format, ...) {
   if (self && length > 0 && length < int(sizeof fault_text)) {
     snprintf(fault_text + length, sizeof fault_text - length,
              " (block %u,%u,%u thread %u,%u,%u)", block_index.x, block_index.y, block_index.z,
-             self->thread.x, self->thread.y, self->thread.z);
+             self->index.x, self->index.y, self->index.z);
   }
 }
 
-__attribute__((noinline)) inline void to_scheduler() {
-  if (_setjmp(self->context) == 0) _longjmp(scheduler, 1);
+Fiber* current() { return static_cast<Fiber*>(self); }
+
+__attribute__((noinline)) void to_scheduler() {
+  if (_setjmp(current()->context) == 0) _longjmp(scheduler, 1);
 }
 
-// The thread goes no further, and its block with it.
-inline void end_with_fault() {
-  self->state = State::faulted;
+void end_with_fault() {
+  current()->state = State::faulted;
   to_scheduler();
 }
 
 // A fiber runs one thread after another, of one block after another.
-inline void live() {
+void live() {
   for (;;) {
-    (*body)();
-    self->groups.push_back(std::move(self->open));
-    for (auto& group : self->groups) {
+    body();
+    Fiber* fiber = current();
+    fiber->groups.push_back(std::move(fiber->open));
+    for (auto& group : fiber->groups) {
       if (!group.empty()) fault("the thread returned before its asynchronous copies were made");
     }
-    self->groups.clear();
-    self->open.clear();
-    self->state = State::done;
+    fiber->groups.clear();
+    fiber->open.clear();
+    fiber->state = State::done;
     to_scheduler();
   }
 }
 
-inline Fiber* new_fiber() {
+Fiber* new_fiber() {
   Fiber* fiber = new Fiber;
   void* stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -117,7 +102,7 @@ inline Fiber* new_fiber() {
   return fiber;
 }
 
-__attribute__((noinline)) inline void run(Fiber* fiber) {
+__attribute__((noinline)) void run(Fiber* fiber) {
   self = fiber;
   if (_setjmp(scheduler) == 0) {
     if (fiber->started) _longjmp(fiber->context, 1);

@@ -6,8 +6,6 @@
 #include <signal.h>
 
 #include <cstdlib>
-#include <cstring>
-#include <utility>
 
 #include "emulator_fiber.h"
 
@@ -20,13 +18,15 @@ thread_local __attribute__((aligned(1024))) unsigned char
 
 namespace emulator {
 
+constexpr unsigned char GARBAGE = 0xff;  // NaN in every float format
+
 struct SharedMemory {
   unsigned char* start;
   size_t bytes;
 };
 
 // Where this library's variables that are `thread_local` lie for the calling thread.
-inline SharedMemory shared_memory() {
+SharedMemory shared_memory() {
   dynamic_shared[0] = GARBAGE;  // they are allocated when the first one is used
   SharedMemory found = {nullptr, 0};
   auto look = [](dl_phdr_info* library, size_t, void* found) {
@@ -49,7 +49,7 @@ inline SharedMemory shared_memory() {
 }
 
 // No block finds what another left.
-inline void spoil(SharedMemory shared, size_t dynamic_bytes) {
+void spoil(SharedMemory shared, size_t dynamic_bytes) {
   memset(dynamic_shared, GARBAGE, dynamic_bytes + SHARED_GUARD);
   size_t before = dynamic_shared - shared.start, behind = before + sizeof dynamic_shared;
   if (shared.start == nullptr || behind > shared.bytes) {
@@ -71,7 +71,7 @@ class CatchBadAddresses {
     action.sa_sigaction = [](int, siginfo_t* info, void*) {
       if (self == nullptr) abort();
       fault("no memory at address %p", info->si_addr);
-      self->state = State::faulted;
+      current()->state = State::faulted;
       _longjmp(scheduler, 1);
     };
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
@@ -89,19 +89,3 @@ class CatchBadAddresses {
 };
 
 }  // namespace emulator
-
-// The compiler's checks call these. The data that they are given begins with the place.
-struct UbsanPlace {
-  const char* file;
-  unsigned line, column;
-};
-extern "C" inline __attribute__((used)) void __ubsan_handle_type_mismatch_v1(UbsanPlace* place,
-                                                                             size_t pointer) {
-  emulator::fault("%s:%u: misaligned or null address 0x%zx", place->file, place->line, pointer);
-  emulator::end_with_fault();
-}
-extern "C" inline __attribute__((used)) void __ubsan_handle_out_of_bounds(UbsanPlace* place,
-                                                                          size_t index) {
-  emulator::fault("%s:%u: index %zd is out of bounds", place->file, place->line, ssize_t(index));
-  emulator::end_with_fault();
-}
