@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvstore.kernels.block_copy_cuda import Buffers, KernelCopies, addresses
+from kvstore.errors import SettingsError
+from kvstore.kernels.block_copy_cuda import LIMIT, Buffers, KernelCopies, addresses
 from kvstore.kernels.block_copy_dma import BlockCopies, DmaCopies, fastest
 from kvstore.kernels.paged_tensors import PagedTensors, paged, runs_of
 from kvstore.kernels.pinned_memory import PINNED, PinnedMemory
@@ -79,30 +80,37 @@ class CudaCopies:
         pages: PagedTensors,
         layout: BlockLayout,
         copies: BlockCopies,
+        by_layer: BlockCopies,
         pinned: PinnedMemory,
         outward: SideStream,
         inward: SideStream,
     ) -> None:
+        """`copies` are for whole blocks, `by_layer` for single layers of many."""
         self._pages = pages
         self._layout = layout
         self._copies = copies
+        self._by_layer = by_layer
         self._pinned = pinned
         self._outward = outward
         self._inward = inward
 
     @classmethod
     def over(cls, kv: Tensor, layout: BlockLayout) -> CudaCopies:
-        """For a KV tensor of which no block is in use yet; measures how to copy, for a second."""
-        pages = paged(kv, layout.block_tokens)
-        device = kv.device
-        return cls(
-            pages,
-            layout,
-            _fastest(pages, layout),
-            PINNED,
-            CudaStream(device),
-            CudaStream(device),
-        )
+        """For a KV tensor of which no block is in use yet; measures how to copy, for a second.
+
+        Raises SettingsError for blocks that are too large.
+        """
+        if layout.block_tokens > LIMIT:
+            raise SettingsError(
+                f"block_tokens is {layout.block_tokens}; on a CUDA device it may be {LIMIT}"
+            )
+        with torch.cuda.device(kv.device):
+            pages = paged(kv, layout.block_tokens)
+            kernel = KernelCopies(pages, layout.block_tokens)
+            copies = _fastest(pages, layout, kernel)
+            streams = CudaStream(kv.device), CudaStream(kv.device)
+        # DMA of a layer would be a call for each head of each block: too many.
+        return cls(pages, layout, copies, kernel, PINNED, *streams)
 
     def pin(self, memory: memoryview) -> bool:
         """See to it that copies from and to `memory` begin at once. Blocks, for seconds."""
@@ -123,15 +131,20 @@ class CudaCopies:
         return OVER
 
     def copy_in(self, blocks: Sequence[int], views: Sequence[memoryview]) -> CopyEvent:
-        (event,) = self._copy_in(blocks, views, [range(self._layout.layers)])
+        (event,) = self._copy_in(self._copies, blocks, views, [range(self._layout.layers)])
         return event
 
     def copy_in_by_layer(self, blocks: Sequence[int], views: Sequence[memoryview]) -> Gates:
         layers = range(self._layout.layers)
-        return self._copy_in(blocks, views, [range(layer, layer + 1) for layer in layers])
+        parts = [range(layer, layer + 1) for layer in layers]
+        return self._copy_in(self._by_layer, blocks, views, parts)
 
     def _copy_in(
-        self, blocks: Sequence[int], views: Sequence[memoryview], parts: Sequence[range]
+        self,
+        copies: BlockCopies,
+        blocks: Sequence[int],
+        views: Sequence[memoryview],
+        parts: Sequence[range],
     ) -> Gates:
         runs = runs_of(blocks, self._layout.block_tokens)
         where: Buffers
@@ -143,8 +156,7 @@ class CudaCopies:
                 content[:] = np.frombuffer(view, np.uint8)
             where = list(staged)
         events = [
-            self._inward.run(partial(self._copies.copy_in, runs, where, layers=part))
-            for part in parts
+            self._inward.run(partial(copies.copy_in, runs, where, layers=part)) for part in parts
         ]
         if is_pinned:
             return events
@@ -161,10 +173,9 @@ def _reachable(pages: PagedTensors, nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_cuda)
 
 
-def _fastest(pages: PagedTensors, layout: BlockLayout) -> BlockCopies:
+def _fastest(pages: PagedTensors, layout: BlockLayout, kernel: KernelCopies) -> BlockCopies:
     """By kernel or by DMA: whichever is faster for blocks of this size on this device."""
-    tokens = layout.block_tokens
-    ways: list[BlockCopies] = [KernelCopies(pages, tokens), DmaCopies(pages, tokens)]
+    ways: list[BlockCopies] = [kernel, DmaCopies(pages, layout.block_tokens)]
     count = min(pages.shape[0], max(1, MEASURED_BYTES // layout.block_bytes))
     buffers = list(_reachable(pages, count * layout.block_bytes).view(count, -1))
-    return fastest(ways, runs_of(range(count), tokens), buffers).copies
+    return fastest(ways, runs_of(range(count), layout.block_tokens), buffers).copies

@@ -69,10 +69,10 @@ class CudaDevice:
             observe(begin.elapsed_time(end) / 1e3)
         event: Callable[..., Any] = torch.cuda.Event
         begin, end = event(enable_timing=True), event(enable_timing=True)
-        begin.record()
+        begin.record(torch.cuda.current_stream(self._decoder.device))
 
         def stop(observe: Observe) -> None:
-            end.record()
+            end.record(torch.cuda.current_stream(self._decoder.device))
             self._measured.append((begin, end, observe))
 
         return stop

@@ -48,7 +48,7 @@ class Checked(CudaCopies):
         pages = paged(hbm.kv, hbm.layout.block_tokens)
         kernel = KernelCopies(pages, hbm.layout.block_tokens)
         device = hbm.kv.device
-        super().__init__(pages, hbm.layout, kernel, PINNED, HeldUp(device), HeldUp(device))
+        super().__init__(pages, hbm.layout, kernel, kernel, PINNED, HeldUp(device), HeldUp(device))
         self._hbm = hbm
         hbm.copies = self
 
@@ -153,7 +153,7 @@ def test_graphs_give_what_launches_give(tmp_path: Path) -> None:
 
 def test_hbm_is_what_is_left_of_the_fraction(tiny_path: Path) -> None:
     _, total_bytes = torch.cuda.mem_get_info()
-    options: dict[str, Any] = {"device": "cuda", "hbm_fraction": 0.3, "block_tokens": 512}
+    options: dict[str, Any] = {"device": "cuda", "hbm_fraction": 0.3, "block_tokens": 256}
     with Engine.from_pretrained(tiny_path, **options) as engine:
         layout = engine.namespace.layout
         kept_bytes = engine.stats().hbm_blocks * layout.block_bytes

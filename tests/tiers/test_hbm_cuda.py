@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvstore.errors import SettingsError
 from kvstore.kernels import reference
 from kvstore.kernels.block_copy_cuda import KernelCopies
+from kvstore.kernels.block_copy_dma import DmaCopies
 from kvstore.kernels.paged_tensors import paged
 from kvstore.kernels.pinned_memory import PINNED, PinnedMemory
 from kvstore.layout import BlockLayout
@@ -85,13 +87,16 @@ def make(
         pages = paged(kv, LAYOUT.block_tokens)
         if device.type == "cuda":
             streams = CudaStream(device), CudaStream(device)
-            return CudaCopies(pages, LAYOUT, KernelCopies(pages, 4), PINNED, *streams)
+            kernel = KernelCopies(pages, LAYOUT.block_tokens)
+            return CudaCopies(pages, LAYOUT, kernel, kernel, PINNED, *streams)
         if shutil.which("g++") is None:
             pytest.skip("kernels are emulated with g++, which is not there")
         assert pytestconfig.cache is not None
         runtime = EmulatedRuntime(Path(pytestconfig.cache.mkdir("emulator")))
         kernel = KernelCopies(pages, LAYOUT.block_tokens, runtime=runtime)
-        return CudaCopies(pages, LAYOUT, kernel, pinned, Now(), Now())
+        return CudaCopies(
+            pages, LAYOUT, DmaCopies(pages, 4, runtime=runtime), kernel, pinned, Now(), Now()
+        )
 
     return copies
 
@@ -140,6 +145,12 @@ def test_layers_come_one_after_another(
     for event in events:
         event.precede_compute()
     assert reference.copy_out(kv.cpu(), [0, 1], 4) == [bytes(view) for view in views]
+
+
+def test_blocks_that_are_too_large_for_the_kernels(kv: Tensor) -> None:
+    layout = BlockLayout(layers=3, kv_heads=2, head_dim=8, block_tokens=257, dtype="bfloat16")
+    with pytest.raises(SettingsError, match="block_tokens is 257; on a CUDA device it may be 256"):
+        CudaCopies.over(kv, layout)
 
 
 def test_an_arena_is_pinned_once_and_let_go_before_it_is_unmapped() -> None:
