@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,11 @@ def test_every_tier_gives_the_answers_of_none(
     def nvme_store() -> BlockStore:
         return kvstore.open(ram_bytes="4 MiB", nvme_path=tmp_path, nvme_bytes="16 MiB")
 
-    options = {"max_batch": max_batch, "prefill_chunk_tokens": chunk, "kv_dtype": kv_dtype}
+    options: dict[str, Any] = {
+        "max_batch": max_batch,
+        "prefill_chunk_tokens": chunk,
+        "kv_dtype": kv_dtype,
+    }
     with nvme_store() as store, engine_over(model, store, **options) as engine:
         check(engine.generate(PROMPTS, GREEDY), answers)
         check(engine.generate(PROMPTS, GREEDY), answers)
