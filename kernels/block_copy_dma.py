@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvstore.errors import LayoutError
 from kvstore.kernels.block_copy_cuda import (
@@ -109,33 +111,40 @@ class DmaCopies:
         where = addresses(buffers, len(heads) * self.format.head_bytes, self.pages, out)
         token_bytes = self.pages.shape[3] * self.format.dtype.itemsize
         width = tokens // slots.shape[1] * token_bytes
-        for buffer, in_block in zip(where.tolist(), slots.tolist(), strict=True):
-            for number, slot in enumerate(in_block):
-                if slot < 0:
-                    continue
-                for offset, page, rows in self._rectangles(slot, layers, heads):
-                    block = Rows(buffer + offset + number * width, tokens * token_bytes)
-                    pages = Rows(page, self._pitch)
-                    target, source = (block, pages) if out else (pages, block)
-                    self._runtime.copy_rows(target, source, width, rows)
+        in_buffer, in_pages, rows = self._rectangles(layers, heads)
+        run_offsets = width * np.arange(slots.shape[1])
+        in_block = where.astype(np.int64)[:, None, None] + run_offsets[:, None] + in_buffer
+        in_page = self._first(slots)[..., None] + in_pages
+        wanted = slots >= 0
+        block = Rows(in_block[wanted].ravel().tolist(), tokens * token_bytes)
+        pages = Rows(in_page[wanted].ravel().tolist(), self._pitch)
+        target, source = (block, pages) if out else (pages, block)
+        self._runtime.copy_rows(target, source, width, rows)
 
-    def _rectangles(self, slot: int, layers: range, heads: range) -> list[tuple[int, int, int]]:
-        """What one run is made of: offset in the buffer, address in the pages, rows."""
-        size = self.format.dtype.itemsize
-        block_stride, head_stride, _, _ = steps(self.pages.views[0])
-        page, offset = divmod(slot, self.pages.shape[2])
-        first = self.pages.views[2 * layers.start].data_ptr() + size * (
-            page * block_stride + offset * self.pages.shape[3]
-        )
-        skipped = 2 * layers.start * self.format.block_tokens * self.pages.shape[3] * size
-        rows = 2 * len(layers)
+    def _first(self, slots: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Address of each slot in the first head and layer."""
+        block_stride = steps(self.pages.views[0])[0]
+        page, offset = np.divmod(slots.astype(np.int64), self.pages.shape[2])
+        where: NDArray[np.int64] = page * block_stride + offset * self.pages.shape[3]
+        where *= self.format.dtype.itemsize
+        where += self.pages.views[0].data_ptr()
+        return where
+
+    def _rectangles(
+        self, layers: range, heads: range
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        """What one run is made of: offsets in the buffer and in the pages, and rows of each."""
+        rows, number = 2 * len(layers), np.arange(len(heads))
+        head_step = steps(self.pages.views[0])[1] * self.format.dtype.itemsize
         # Where the next head's first layer follows this one's last, all heads are one copy.
-        if len(layers) == self.pages.layers and head_stride * size == rows * self._pitch:
-            return [(0, first + heads.start * head_stride * size, rows * len(heads))]
-        return [
-            (number * self.format.head_bytes + skipped, first + head * head_stride * size, rows)
-            for number, head in enumerate(heads)
-        ]
+        if len(layers) == self.pages.layers and head_step == rows * self._pitch:
+            return np.array([0]), np.array([heads.start * head_step]), rows * len(heads)
+        piece_bytes = self.format.head_bytes // (2 * self.pages.layers)
+        return (
+            number * self.format.head_bytes + 2 * layers.start * piece_bytes,
+            (number + heads.start) * head_step + 2 * layers.start * self._pitch,
+            rows,
+        )
 
 
 class Measured(NamedTuple):

@@ -27,9 +27,9 @@ OPTIONS = ("--std=c++17", "--generate-line-info")
 
 
 class Rows(NamedTuple):
-    """Memory of which one row begins every `pitch_bytes`."""
+    """Rectangles of memory: where each begins, and from one row of any to its next."""
 
-    address: int
+    addresses: Sequence[int]
     pitch_bytes: int
 
 
@@ -58,7 +58,7 @@ class Runtime(Protocol):
         ...
 
     def copy_rows(self, target: Rows, source: Rows, width_bytes: int, rows: int) -> None:
-        """Start a copy of `rows` rows of `width_bytes`, between whatever memory it reaches."""
+        """Start a copy from each of `source` to its `target`: `rows` rows of `width_bytes`."""
         ...
 
 
@@ -116,11 +116,14 @@ class CudaRuntime:
     def copy_rows(self, target: Rows, source: Rows, width_bytes: int, rows: int) -> None:
         from cupy.cuda import runtime
 
+        kind = runtime.memcpyDefault  # the driver sees from the addresses which memory is whose
         with torch.cuda.device(self._index):
             stream = torch.cuda.current_stream(self._index).cuda_stream
-            # The driver sees from the addresses which memory is whose.
-            kind = runtime.memcpyDefault
-            runtime.memcpy2DAsync(*target, *source, width_bytes, rows, kind, stream)
+            for to, from_ in zip(target.addresses, source.addresses, strict=True):
+                runtime.memcpy2DAsync(
+                    to, target.pitch_bytes, from_, source.pitch_bytes,
+                    width_bytes, rows, kind, stream,
+                )  # fmt: skip
 
     def _load(self, source: str, kernel: str) -> Any:
         import cupy

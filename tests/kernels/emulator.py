@@ -75,9 +75,10 @@ class EmulatedRuntime:
     def copy_rows(self, target: Rows, source: Rows, width_bytes: int, rows: int) -> None:
         if not 0 < width_bytes <= min(target.pitch_bytes, source.pitch_bytes):
             raise EmulatorError(f"rows of {width_bytes} bytes, {target} from {source}")
-        for row in range(rows):
-            to, from_ = (end.address + row * end.pitch_bytes for end in (target, source))
-            ctypes.memmove(to, from_, width_bytes)
+        for to, from_ in zip(target.addresses, source.addresses, strict=True):
+            for row in range(rows):
+                there, here = to + row * target.pitch_bytes, from_ + row * source.pitch_bytes
+                ctypes.memmove(there, here, width_bytes)
 
 
 def fenced(tensor: Tensor) -> Tensor:
