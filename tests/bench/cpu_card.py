@@ -22,8 +22,8 @@ class CpuCard:
 
     device = torch.device("cpu")
 
-    def __init__(self, runtime: Runtime, free_bytes: int = 1 << 50) -> None:
-        self.runtime: Runtime | None = runtime
+    def __init__(self, runtime: Runtime | None, free_bytes: int = 1 << 50) -> None:
+        self.runtime = runtime
         self._free_bytes = free_bytes
         self.cleared = 0
 

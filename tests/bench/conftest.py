@@ -1,0 +1,27 @@
+"""The CPU as a card, and one run over it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kvstore.bench.benchmark import Bench
+from kvstore.bench.sizes import TINY
+from tests.bench.cpu_card import CpuCard
+from tests.kernels.emulator import EmulatedRuntime
+
+
+@pytest.fixture(scope="session")
+def card(pytestconfig: pytest.Config) -> CpuCard:
+    """Kernels are compiled once, and kept with those of the kernels' own tests."""
+    if shutil.which("g++") is None:
+        pytest.skip("kernels are emulated with g++, which is not there")
+    assert pytestconfig.cache is not None
+    return CpuCard(EmulatedRuntime(Path(pytestconfig.cache.mkdir("emulator"))))
+
+
+@pytest.fixture
+def bench(card: CpuCard, tmp_path: Path) -> Bench:
+    return Bench(card, TINY, tmp_path)
