@@ -166,6 +166,11 @@ class EngineSettings(_Group):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Of weights and KV; `auto` is bfloat16."
     )
+    kv_dtype: Literal["auto", "fp8", "int8"] = Field(
+        default="auto",
+        description="How KV is kept, in every tier: `auto` as it is computed; fp8 and int8 take "
+        "half the room of bfloat16, and cost some accuracy. Part of the identity.",
+    )
     device: str = Field(
         default="cpu",
         max_length=64,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvstore.settings import Settings
 
 # What names a prompt's blocks, besides its text.
-NAMING_KEYS = ("engine.model", "engine.dtype", "engine.block_tokens")
+NAMING_KEYS = ("engine.model", "engine.dtype", "engine.kv_dtype", "engine.block_tokens")
 
 file_option = click.option(
     "-f",
@@ -50,6 +50,7 @@ def named_prompt(text: str, as_chat: bool, settings: Settings) -> NamedPrompt:
         prompt,
         dtype=asked.dtype,
         block_tokens=asked.block_tokens,
+        kv_dtype=asked.kv_dtype,
         salt=settings.tenant.salt,
     )
 

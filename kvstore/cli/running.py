@@ -95,6 +95,7 @@ def running_engine(settings: Settings) -> Iterator[Engine]:
                 path,
                 store=store,
                 dtype=asked.dtype,
+                kv_dtype=asked.kv_dtype,
                 device=asked.device,
                 hbm_bytes=asked.hbm_bytes or "auto",
                 hbm_fraction=asked.hbm_fraction,

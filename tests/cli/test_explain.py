@@ -67,6 +67,22 @@ def test_other_settings_are_another_namespace(
     assert "hush" not in salted.stdout
 
 
+def test_quantised_kv_has_a_name_of_its_own(
+    here: Callable[..., Done], model: Path, tmp_path: Path
+) -> None:
+    directory, int8 = tmp_path / "int8", ("--kv-dtype", "int8")
+    args = ("--model", model, "--max-tokens", "1", "--nvme-path", directory, "--json")
+    first, again = (here("generate", TEXT, *args, *int8).data for _ in range(2))
+    assert again["usage"]["nvme_tokens"] == 64
+    assert again["completions"] == first["completions"]
+    asked = ("explain", TEXT, directory, "--model", model, "--json")
+    assert here(*asked, *int8).data["breaks_at"] is None
+    plain = here(*asked).data
+    assert (plain["breaks_at"], plain["reason"]) == (0, "identity")
+    assert list(plain["differences"]) == ["kv_dtype", "kv_quantisation"]
+    refused(here("generate", TEXT, *args, "--kv-dtype", "fp4"), "--kv-dtype", "auto, fp8")
+
+
 def test_a_prompt_may_come_from_elsewhere(
     here: Callable[..., Done], blocks: Path, model: Path, tmp_path: Path
 ) -> None:
