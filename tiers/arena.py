@@ -2,27 +2,15 @@
 
 Two things are bought by huge pages. A drive is handed a 2 MiB block as one piece and not
 as 512, and the first write to memory costs one page fault and not 512. They do not depend
-on how the machine is set up (shared memory seldom is): MADV_COLLAPSE, of Linux 6.1, makes
-them whatever the settings say.
+on how the machine is set up (`kvstore.mapping`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 
-from kvstore.mapping import HUGE_PAGE_BYTES, map_shared
-from kvstore.tiers.driver import address
-
-# Made huge in one go: a millisecond, where the memory has been used before.
-STEP_BYTES = 16 << 20
-
-_MADV_COLLAPSE = 25
-
-# mmap.madvise would hold the GIL.
-_madvise = ctypes.CDLL(None, use_errno=True).madvise
-_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+from kvstore.mapping import HUGE_PAGE_BYTES, STEP_BYTES, make_huge, map_shared
 
 
 class Arena:
@@ -44,7 +32,6 @@ class Arena:
         except BaseException:
             os.close(self.fd)
             raise
-        self._start = address(self.buffer)
         self._populated = 0  # up to here
 
     def is_populated(self, stop: int) -> bool:
@@ -56,11 +43,7 @@ class Arena:
         while (begin := self._populated) < stop:
             length = min(STEP_BYTES, (len(self.buffer) - begin) & -HUGE_PAGE_BYTES)
             end = begin + length
-            for place in range(begin, end, HUGE_PAGE_BYTES):
-                self.buffer[place]  # a page there is to be, or there is nothing to collapse
-            if length:
-                # Where it is refused, small pages come as they are touched.
-                _madvise(self._start + begin, length, _MADV_COLLAPSE)
+            make_huge(self.buffer, begin, end)
             self._populated = max(end, self._populated) if length else len(self.buffer)
 
     def close(self) -> None:

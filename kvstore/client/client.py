@@ -20,6 +20,7 @@ from kvstore.client.reservation import ClientReservation, NoReservation
 from kvstore.client.shared_link import SharedLink
 from kvstore.errors import ClosedError, ConnectionLostError, KVStoreError, WireError
 from kvstore.hashing import Chain
+from kvstore.mapping import make_huge
 from kvstore.planner import LinearCost
 from kvstore.retention import Retained, Retention
 from kvstore.tier import Miss
@@ -107,7 +108,10 @@ class StoreClient:
     def memory(self) -> memoryview | None:
         """The arena of a daemon on this machine, as long as it is the one connected to."""
         link = self._link
-        return link.arena if isinstance(link, SharedLink) else None
+        if not isinstance(link, SharedLink):
+            return None
+        make_huge(link.arena, 0, len(link.arena))
+        return link.arena
 
     # ---- reading
 

@@ -88,7 +88,8 @@ class Loop:
             return []
         finishing = [piece.sequence for piece in step.pieces if piece.finishes]
         gates = [] if self._offload is None else self._offload.take_gates()
-        observe = self._prefill_of(step.pieces)
+        # What waits for blocks says nothing about the speed of computing.
+        observe = None if gates else self._prefill_of(step.pieces)
         stop = None if observe is None else self._device.stopwatch()
         with phase("compute"):
             self.hbm.duplicate(step.copies)
