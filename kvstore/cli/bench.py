@@ -17,6 +17,9 @@ def bench() -> None:
     """Measure kvstore beside what the hardware under it gives.
 
     What needs no GPU is measured by `make bench` in a clone.
+
+    \b
+    kvstore bench gpu
     """
 
 
