@@ -7,7 +7,8 @@
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"url": "unix:///run/kvstore.sock"}}'
 
-Written against vLLM 0.32 and 0.33. docs/connectors.md has the settings and what is not supported.
+Written against vLLM 0.32, and 0.33's source. docs/connectors.md has the settings, and what is
+not supported.
 """
 
 from __future__ import annotations

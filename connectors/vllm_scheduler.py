@@ -143,14 +143,14 @@ class Scheduler:
         for request_id in output.num_scheduled_tokens:
             self._loading.pop(request_id, None)
         self._lookups.step_begins()
+        is_idle = not output.total_num_scheduled_tokens
         return Orders(
             loads=pending.loads,
             held=pending.held,
             preempted=set(output.preempted_req_ids or ()),
-            is_idle=not output.total_num_scheduled_tokens,
-            is_looking_up=any(
-                tracked.waits_since_s is not None for tracked in self._requests.values()
-            ),
+            is_idle=is_idle,
+            is_looking_up=is_idle
+            and any(each.waits_since_s is not None for each in self._requests.values()),
         )
 
     def computing(

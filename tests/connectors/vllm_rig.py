@@ -17,7 +17,7 @@ from tests.store.rig import Rig as StoreRig
 from tests.store.rig import RunningClock
 
 PAGE_TOKENS = 32
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 def request(name: str = "a", tokens: list[int] = TOKENS, **fields: Any) -> Any:
@@ -84,14 +84,19 @@ class Rig:
 
     def idle_until(self, condition: Callable[[Ended], bool]) -> None:
         """Steps with nothing to compute, until one ends as wished."""
-        for _ in range(10_000):
+        for _ in range(2_000):
             if condition(self.step()):
                 return
         raise AssertionError("it does not come to pass")
 
+    def finish(self, name: str) -> None:
+        """A request has finished, and its pages are kept until they are saved."""
+        if name not in self.work(Orders(held={name}, is_idle=True)).saved:
+            self.idle_until(lambda ended: name in ended.saved)
+
     def found(self, asked: Any, start: int = 0) -> int:
         """What `matched` says in the end."""
-        for _ in range(10_000):
+        for _ in range(2_000):
             tokens = self.scheduler.matched(asked, start)
             if tokens is not None:
                 return tokens

@@ -95,6 +95,17 @@ class VllmProcess:
         self.settle()
         return len(self._core.scheduler.requests)
 
+    def forget_midway(self, prompt: Sequence[int], steps: int) -> bool:
+        """Reset all there is when a prompt has begun to be computed; then let it end."""
+        params = self._params(temperature=0.0, max_tokens=40, ignore_eos=True, detokenize=False)
+        engine = self._llm.llm_engine
+        engine.add_request("midway", {"prompt_token_ids": list(prompt)}, params)
+        for _ in range(steps):
+            engine.step()
+        has_reset = self.reset(connector=True)
+        self.settle()
+        return has_reset
+
     def reset(self, connector: bool = False) -> bool:
         """Forget the prefix cache in vLLM's own memory; with `connector`, the store's blocks."""
         return bool(self._llm.reset_prefix_cache(reset_connector=connector))
@@ -134,8 +145,8 @@ class VllmProcess:
 def build() -> dict[str, Any]:
     folder, arguments, transfer = sys.argv[1:]
     process = VllmProcess(folder, json.loads(arguments), json.loads(transfer))
-    verbs = ("generate", "reasons", "said", "timed", "abort", "reset", "kill_at_load", "metrics")
-    return {verb: getattr(process, verb) for verb in (*verbs, "end")}
+    verbs = ("generate", "reasons", "said", "timed", "abort", "reset", "forget_midway")
+    return {verb: getattr(process, verb) for verb in (*verbs, "kill_at_load", "metrics", "end")}
 
 
 if __name__ == "__main__":
