@@ -62,3 +62,26 @@ def test_each_reads_the_other(folder: Path) -> None:
         output = engine.generate([PROMPT], PARAMS)[0]
         assert list(output.token_ids) == our_cold
         assert output.usage.ram_tokens == full
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8", "int8"])
+def test_quantised_kv_is_left_alone(folder: Path, kv_dtype: str) -> None:
+    """transformers computes with no such KV: given its namespace, it does without the store."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    asked = torch.tensor([PROMPT])
+    greedy = {"max_new_tokens": NEW, "do_sample": False}
+    their_cold = model.generate(asked, **greedy)[0].tolist()
+    with (
+        kvstore.open(ram_bytes="8 MiB") as store,
+        Engine.from_pretrained(
+            folder, store=store, dtype="float32", hbm_bytes="8 MiB", kv_dtype=kv_dtype
+        ) as engine,
+    ):
+        engine.generate([PROMPT], PARAMS)
+        before = store.stats()
+        cache = PrefixCache(model, store, namespace=engine.namespace)
+        assert cache.generate(asked, **greedy)[0].tolist() == their_cold
+        assert cache.stats() is None
+        assert store.stats().ram == before.ram
+        assert store.stats().hits == before.hits
