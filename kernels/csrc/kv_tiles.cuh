@@ -6,7 +6,7 @@
 
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
-constexpr int TILE = 16;   // tokens; they lie in one block of the block table
+constexpr int TILE = 16;  // tokens; they lie in one block of the block table
 constexpr int MIN_AHEAD_BYTES = 6144;  // that a warp has on their way
 
 template <typename T, int HEAD_DIM>

@@ -29,7 +29,7 @@ struct Arguments {
   const int* contexts;
   const float* scales;  // of the layer's keys and values, or null
   int scale_stride;
-  Query* out;          // as query, dense
+  Query* out;              // as query, dense
   float* partial_sums;     // [batch, heads, MAX_CHUNKS, HEAD_DIM], and behind it
   float* partial_weights;  // [batch, heads, MAX_CHUNKS, 2]: maximum, sum of weights
   int batch, kv_heads, group, block_tokens;
@@ -273,6 +273,8 @@ __global__ void __launch_bounds__(THREADS)
       float part = element < HEAD_DIM ? sums[chunk * HEAD_DIM + element] : 0;
       sum += __shfl_sync(0xffffffff, shrink, chunk) * part;
     }
-    if (element < HEAD_DIM) out[row * HEAD_DIM + element] = from_float<Query>(chunks ? sum / total : 0);
+    if (element < HEAD_DIM) {
+      out[row * HEAD_DIM + element] = from_float<Query>(chunks ? sum / total : 0);
+    }
   }
 }

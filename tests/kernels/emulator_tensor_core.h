@@ -25,16 +25,25 @@ void emulated_together(const T& own, int line, Use use) {
   __syncwarp(0xffffffff, line);
 }
 
+struct EmulatedRow {
+  unsigned short elements[8];
+};
+
+// Each lane reads the row that it names when it comes here, not when all have come: what others
+// wrote must have been waited for before.
 template <int MATRICES>
 void emulated_load(unsigned (&to)[MATRICES], const void* row, bool transposed, int line) {
-  emulated_together(row, line, [&](auto& rows) {
+  EmulatedRow own = {};
+  if (emulated_lane() < 8 * MATRICES) {
+    if (uintptr_t(row) % 16) {
+      emulator::fault("line %d: a matrix row at %p is not aligned", line, row);
+      emulator::end_with_fault();
+    }
+    memcpy(&own, row, sizeof own);
+  }
+  emulated_together(own, line, [&](auto& rows) {
     auto element = [&](int matrix, int r, int c) {
-      const void* address = rows[8 * matrix + r];
-      if (uintptr_t(address) % 16) {
-        emulator::fault("line %d: a matrix row at %p is not aligned", line, address);
-        emulator::end_with_fault();
-      }
-      return unsigned(static_cast<const unsigned short*>(address)[c]);
+      return unsigned(rows[8 * matrix + r].elements[c]);
     };
     int group = emulated_lane() / 4, pair = 2 * (emulated_lane() % 4);
     for (int m = 0; m < MATRICES; ++m) {
