@@ -34,23 +34,18 @@ def seconds_a_token(engine: Engine, prompts: Sequence[list[int]], tokens: int) -
 
     All answers have `tokens` tokens; what is counted is made by full batches.
     """
-    # Prompts are read one after the other: the first answers go on until the last has begun.
     missing = {engine.add_request(prompt, answer_of(tokens)) for prompt in prompts}
-    began_s = made = 0.0
-    seconds = 0.0
-    while engine.busy:
+    while missing:  # prompts are read one after the other, and the first answers go on meanwhile
         deltas = engine.step()
-        now_s = time.perf_counter()
-        if seconds:
-            continue
-        if began_s:
-            made += sum(len(delta.token_ids) for delta in deltas)
-            if any(delta.usage is not None for delta in deltas):
-                seconds = now_s - began_s
-            continue
         missing -= {delta.request_id for delta in deltas}
-        if not missing:
-            began_s = now_s
-        elif any(delta.usage is not None for delta in deltas):
-            raise RuntimeError("the first answer was over before the last had begun")
+        if any(delta.usage is not None for delta in deltas):
+            raise RuntimeError("the first answer was over before the last had gone on")
+    began_s, made, is_over = time.perf_counter(), 0, False
+    while not is_over:
+        deltas = engine.step()
+        made += sum(len(delta.token_ids) for delta in deltas)
+        is_over = any(delta.usage is not None for delta in deltas)
+    seconds = time.perf_counter() - began_s
+    while engine.busy:
+        engine.step()
     return seconds / made

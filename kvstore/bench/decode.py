@@ -57,7 +57,7 @@ def measure_offload(bench: Bench) -> Iterator[Row | Unmeasured]:
             return seconds_a_token(engine, prompts, tokens)
 
         turns: dict[str, Turn] = {"on": partial(turn, on), "off": partial(turn, off)}
-        seconds = medians(turns, sizes.rounds)
+        seconds = medians(turns, sizes.engine_rounds)
         offloaded = on.stats().counters.get("offloaded_blocks", 0)
     if not offloaded:
         raise RuntimeError("no block was offloaded")
@@ -105,7 +105,7 @@ def measure_graphs(bench: Bench) -> Iterator[Row | Unmeasured]:
             name: timed(partial(_run, way, sequences[:batch], sizes.steps))
             for name, way in ways.items()
         }
-        seconds = medians(turns, sizes.rounds)
+        seconds = medians(turns, sizes.engine_rounds)
         tokens = batch * sizes.steps
         yield Row(
             name=f"decode steps with CUDA graphs, batch {batch}",

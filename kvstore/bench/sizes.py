@@ -31,7 +31,8 @@ class Sizes:
     model: ModelConfig
     dtype: str  # of weights and KV
     block_tokens: int
-    rounds: int  # that count; one more runs before them
+    rounds: int  # of kernels, that count; one more runs before them
+    engine_rounds: int
     time_limit_s: float  # nothing is begun any more after this
 
     # Kernels
@@ -114,6 +115,7 @@ FULL = Sizes(
     dtype="bfloat16",
     block_tokens=16,
     rounds=7,
+    engine_rounds=5,
     time_limit_s=360,
     copy_bytes=GiB,
     copy_block_tokens=(16, 64, 256),
@@ -129,7 +131,7 @@ FULL = Sizes(
     decode_tokens=128,
     step_batches=(1, 8, 64),
     step_context_tokens=1024,
-    steps=32,
+    steps=16,
     prompt_tokens=32_768,
     prompt_rounds=3,
     drive_bytes=2 * GiB,
@@ -147,6 +149,7 @@ TINY = Sizes(
     dtype="bfloat16",
     block_tokens=16,
     rounds=1,
+    engine_rounds=1,
     time_limit_s=420,
     copy_bytes=256 << 10,
     copy_block_tokens=(16, 32),

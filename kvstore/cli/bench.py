@@ -73,7 +73,8 @@ def gpu(names: tuple[str, ...], device: str, directory: Path, quick: bool, as_js
     unmeasured: list[Unmeasured] = []
     with tempfile.TemporaryDirectory(prefix="kvstore-bench-", dir=directory) as scratch:
         run = Bench(card, sizes, Path(scratch))
-        for each in measured(chosen, run, lambda name: tell(f"measuring {name}")):
+        number = iter(range(1, len(chosen) + 1))
+        for each in measured(chosen, run, lambda name: tell(f"{next(number)}. {name}")):
             if isinstance(each, Row):
                 rows.append(each)
             else:

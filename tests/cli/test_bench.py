@@ -76,7 +76,7 @@ def test_json_and_a_table_for_who_watches(here: Callable[..., Done], drive: Path
     assert [each["outcome"] for each in report["unmeasured"]] == ["skipped", "skipped"]
     # Nobody reaches 0.85 of a memcpy with an emulated kernel.
     assert (done.status, report["ok"]) == (1, False)
-    assert done.stderr.startswith("measuring attention/fp8\nmeasuring attention/write\n")
+    assert done.stderr.startswith("1. attention/fp8\n2. attention/write\n")
     assert "write of K and V, 8 tokens, one layer" in done.stderr
     assert "0 of 2 bounds kept" in done.stderr
     assert "not measured decode attention, fp8, batch 3, context 48, beside torch: " in done.stderr
@@ -88,7 +88,7 @@ def test_the_table_alone(here: Callable[..., Done], drive: Path) -> None:
     done = here("bench", "gpu", "attention/write", "--quick", "--dir", drive)
     assert done.status == 0
     assert "write of K and V, 8 tokens, one layer" in done.stdout
-    assert done.stderr == "measuring attention/write\n"
+    assert done.stderr == "1. attention/write\n"
 
 
 def test_help_says_what_it_takes(here: Callable[..., Done]) -> None:
