@@ -15,29 +15,16 @@ from torch import Tensor
 from kvstore.errors import SettingsError
 from kvstore.kernels import reference
 from kvstore.kernels.block_copy_cuda import KernelCopies
-from kvstore.kernels.block_copy_dma import DmaCopies
 from kvstore.kernels.paged_tensors import paged
 from kvstore.kernels.pinned_memory import PINNED, PinnedMemory
 from kvstore.layout import BlockLayout
 from kvstore.tiers.arena import Arena
-from kvstore.tiers.hbm_copies import OVER, CopyEvent
 from kvstore.tiers.hbm_cuda import CudaCopies, CudaStream
 from tests.kernels.emulator import EmulatedRuntime
+from tests.tiers.emulated_copies import Later, emulated_copies
 
 LAYOUT = BlockLayout(layers=3, kv_heads=2, head_dim=8, block_tokens=4, dtype="bfloat16")
 BLOCKS = 9
-
-
-class Now:
-    """A stream for a device that is done when it is told."""
-
-    def __init__(self) -> None:
-        self.copies = 0
-
-    def run(self, copy: Callable[[], None]) -> CopyEvent:
-        self.copies += 1
-        copy()
-        return OVER
 
 
 class Driver:
@@ -84,8 +71,8 @@ def make(
     device: torch.device, kv: Tensor, pytestconfig: pytest.Config
 ) -> Callable[[PinnedMemory], CudaCopies]:
     def copies(pinned: PinnedMemory) -> CudaCopies:
-        pages = paged(kv, LAYOUT.block_tokens)
         if device.type == "cuda":
+            pages = paged(kv, LAYOUT.block_tokens)
             streams = CudaStream(device), CudaStream(device)
             kernel = KernelCopies(pages, LAYOUT.block_tokens)
             return CudaCopies(pages, LAYOUT, kernel, kernel, PINNED, *streams)
@@ -93,10 +80,7 @@ def make(
             pytest.skip("kernels are emulated with g++, which is not there")
         assert pytestconfig.cache is not None
         runtime = EmulatedRuntime(Path(pytestconfig.cache.mkdir("emulator")))
-        kernel = KernelCopies(pages, LAYOUT.block_tokens, runtime=runtime)
-        return CudaCopies(
-            pages, LAYOUT, DmaCopies(pages, 4, runtime=runtime), kernel, pinned, Now(), Now()
-        )
+        return emulated_copies(kv, LAYOUT, runtime, pinned, Later)
 
     return copies
 
@@ -124,7 +108,9 @@ def test_blocks_go_out_and_come_in(
     copies.copy_out([7, 0, 4], views).wait()
     before = kv.cpu().clone()
     assert [bytes(view) for view in views] == reference.copy_out(before, [7, 0, 4], 4)
-    copies.copy_in([1, 2, 8], [view.toreadonly() for view in views]).wait()
+    event = copies.copy_in([1, 2, 8], [view.toreadonly() for view in views])
+    assert error == 0 or event.done(), "what is on the way in other memory is waited for"
+    event.wait()
     after = kv.cpu()
     assert reference.copy_out(after, [1, 2, 8], 4) == [bytes(view) for view in views]
     for block in (0, 3, 4, 5, 6, 7):
@@ -140,10 +126,17 @@ def test_layers_come_one_after_another(
     copies = make(PinnedMemory(driver.register, driver.unregister))
     views = views_of(arena, 2)
     copies.copy_out([5, 3], views).wait()
+    before = kv.cpu().clone()
     events = copies.copy_in_by_layer([0, 1], views)
     assert len(events) == LAYOUT.layers
-    for event in events:
+    for layer, event in enumerate(events):
         event.precede_compute()
+        arrived = kv.cpu()
+        source = torch.cat([before[:, : layer + 1, :, b * 4 : b * 4 + 4] for b in (5, 3)], 2 + 1)
+        assert torch.equal(arrived[:, : layer + 1, :, :8], source)
+        if kv.device.type == "cpu" and not error:  # there it comes when it is waited for
+            assert torch.equal(arrived[:, layer + 1 :], before[:, layer + 1 :])
+    assert all(event.done() for event in events)
     assert reference.copy_out(kv.cpu(), [0, 1], 4) == [bytes(view) for view in views]
 
 
@@ -172,6 +165,18 @@ def test_an_arena_is_pinned_once_and_let_go_before_it_is_unmapped() -> None:
     assert driver.ended_mapped == [True]
     other.close()
     assert not driver.registered
+
+
+def test_memory_that_is_gone_is_forgotten() -> None:
+    """A new object may have the place, and the id, of one that is gone."""
+    driver = Driver()
+    pinned = PinnedMemory(driver.register, driver.unregister)
+    for _ in range(20):
+        arena = Arena(1 << 20)
+        assert pinned.holds(views_of(arena, 1))
+        assert len(driver.registered) == 1
+        arena.close()
+    assert driver.ended_mapped == [True] * 20
 
 
 def test_other_memory_is_not_pinned() -> None:
