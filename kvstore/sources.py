@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from kvstore.errors import SettingsError
 from kvstore.machine import free_disk_bytes, has_tier, memory_bytes
 from kvstore.quantities import format_size
-from kvstore.settings import SECRETS, Settings, Spec, specs
+from kvstore.settings import Settings
+from kvstore.specs import SECRETS, Spec, specs
 
 SPECS: Mapping[str, Spec] = {spec.key: spec for spec in specs()}
 _GROUPS = frozenset(key.partition(".")[0] for key in SPECS)

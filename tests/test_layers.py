@@ -70,7 +70,7 @@ LAYERS = {
     "verbs": Layer("verbs inventory", "errors pure tier"),
     "wire": Layer("wire stream", "errors pure"),
     "machine": Layer("machine mapping"),
-    "settings": Layer("settings sources", "errors pure machine"),
+    "settings": Layer("settings specs sources", "errors pure machine"),
     "kernels": Layer("kernels", "errors pure"),
     "tiers": Layer("tiers", "errors pure clock tier machine"),
     "hbm": Layer("tiers.hbm tiers.hbm_copies tiers.hbm_cuda", "errors pure kernels tiers"),

@@ -125,7 +125,7 @@ class _SettingOption(click.Option):
     """
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        from kvstore.settings import specs
+        from kvstore.specs import specs
 
         record = super().get_help_record(ctx)
         default = next(spec.default for spec in specs() if _parameter(spec.key) == self.name)

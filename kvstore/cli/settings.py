@@ -39,7 +39,7 @@ def settings(settings: Settings, as_json: bool) -> None:
 def show_settings(settings: Settings) -> None:
     """As a TOML file on stdout. What is secret is not shown."""
     from kvstore.cli.console import show
-    from kvstore.settings import SECRETS, specs
+    from kvstore.specs import SECRETS, specs
 
     values = _values(settings)
     lines = []
@@ -64,7 +64,7 @@ def show_settings(settings: Settings) -> None:
 
 def _values(settings: Settings) -> dict[str, dict[str, Any]]:
     """By group and field; nothing of what is secret."""
-    from kvstore.settings import SECRETS
+    from kvstore.specs import SECRETS
 
     values = settings.model_dump(mode="json")
     for secret in SECRETS:
@@ -75,7 +75,7 @@ def _values(settings: Settings) -> dict[str, dict[str, Any]]:
 
 def _toml(name: str, value: str | float | None) -> str:
     """A value as TOML, in a unit where that says the same."""
-    from kvstore.settings import render
+    from kvstore.specs import render
 
     if isinstance(value, (int, float)):
         text = render(name, value)

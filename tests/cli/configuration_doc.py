@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvstore.settings import specs
+from kvstore.specs import specs
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
 MARK = "<!-- written by `python -m tests.cli.configuration_doc` -->\n"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from kvstore.engine.sampling_params import SamplingParams
-from kvstore.settings import specs
+from kvstore.specs import specs
 from tests.cli.commands import Done
 
 

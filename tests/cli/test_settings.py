@@ -10,8 +10,9 @@ from kvstore import sources
 from kvstore.errors import SettingsError
 from kvstore.machine import free_disk_bytes, memory_bytes
 from kvstore.quantities import counted, format_size, format_time, parse_size, parse_time
-from kvstore.settings import GiB, MiB, Settings, specs
+from kvstore.settings import GiB, MiB, Settings
 from kvstore.sources import Given
+from kvstore.specs import specs
 
 
 def toml(tmp_path: Path, text: str) -> Path:

@@ -12,7 +12,7 @@ from kvstore.tiers.nvme import NvmeTier
 from kvstore.verbs import Store
 from tests.daemon.data_doors import DataDaemon
 from tests.daemon.doors import Daemon
-from tests.store.rig import BLOCK, PATIENCE_S, Rig, content, put
+from tests.store.rig import BLOCK, PATIENCE_S, Rig, chain, content, get, put
 from tests.tiers.subjects import extent, flip_in_file
 
 Open = Callable[[Rig, Path], Iterator[Store]]
@@ -78,3 +78,10 @@ def stored(rig: Rig, blocks: Chain) -> list[bytes]:
 
 def right(blocks: Chain) -> list[bytes]:
     return [content(key) for key in blocks]
+
+
+def others_are_served(daemon: Daemon) -> None:
+    """Another client writes and reads as if nothing had happened."""
+    with daemon.connect() as client:
+        put(client, chain(3, seed=77))
+        assert get(client, chain(3, seed=77)) == 3

@@ -8,7 +8,6 @@ import resource
 import socket
 import stat
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,10 @@ from kvstore.client.client import StoreClient
 from kvstore.daemon import connection, session
 from kvstore.daemon.service import Limits
 from kvstore.errors import RequestError
-from kvstore.tenant import LOCAL, Tenant
 from kvstore.tier import Miss
 from tests.daemon.doors import Daemon
 from tests.daemon.raw_client import HELLO, RawClient
-from tests.daemon.subjects import pinned, put_behind
+from tests.daemon.subjects import others_are_served, pinned, put_behind
 from tests.store.rig import BLOCK, NAMESPACE, Rig, chain, get, put
 
 
@@ -31,12 +29,6 @@ from tests.store.rig import BLOCK, NAMESPACE, Rig, chain, get, put
 def raw(daemon: Daemon) -> Iterator[RawClient]:
     with RawClient(daemon) as raw:
         yield raw
-
-
-def others_are_served(daemon: Daemon) -> None:
-    with daemon.connect() as client:
-        put(client, chain(3, seed=77))
-        assert get(client, chain(3, seed=77)) == 3
 
 
 # ---- hello
@@ -88,34 +80,6 @@ def test_hello_may_come_in_pieces_and_with_more(daemon: Daemon) -> None:
             raw.send(frames[i : i + 1])
         assert isinstance(raw.hear(), wire.Welcome)
         assert isinstance(raw.hear(), wire.Answered)
-
-
-@pytest.mark.parametrize("limits", [Limits(connections=2)])
-def test_no_more_clients_than_allowed(daemon: Daemon) -> None:
-    with daemon.connect() as one, RawClient(daemon) as other:
-        with RawClient(daemon) as third:
-            assert isinstance(third.welcome, wire.Failed)
-        with pytest.raises(RequestError, match="2 clients are connected"):
-            daemon.connect()
-        assert put(one, chain(2)) == 2
-        other.close()
-        daemon.until(lambda: len(daemon.service.sessions) == 1)
-        others_are_served(daemon)
-
-
-@pytest.mark.parametrize("limits", [Limits(connections=5)])
-def test_one_tenant_cannot_take_all_connections(daemon: Daemon) -> None:
-    """Half of them, and those of this machine's user all."""
-    service = daemon.service
-    one, two = (Tenant(name, secret=name.encode()) for name in ("one", "two"))
-    opened = [daemon.call(partial(service.open, one, "a peer")) for _ in range(2)]
-    with pytest.raises(RequestError, match="one has 2 clients"):
-        daemon.call(partial(service.open, one, "a peer"))
-    daemon.call(partial(service.end, opened[0]))
-    for tenant in (one, two, two, LOCAL):
-        daemon.call(partial(service.open, tenant, "a peer"))
-    with pytest.raises(RequestError, match="5 clients are connected"):
-        daemon.call(partial(service.open, LOCAL, "a peer"))
 
 
 def test_the_door_closes_on_whoever_has_come_so_far(daemon: Daemon) -> None:

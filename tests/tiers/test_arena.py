@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from kvstore.mapping import HUGE_PAGE_BYTES
-from kvstore.tiers.arena import STEP_BYTES, Arena
+from kvstore.mapping import HUGE_PAGE_BYTES, STEP_BYTES
+from kvstore.tiers.arena import Arena
 
 PAGE = 4096
 
