@@ -75,7 +75,7 @@ def calibrate(model: LoadedModel, dtype: str) -> Quantised:
     rounding the scales up hides it nearly always. Where it does not, they share no blocks.
     """
     layers = model.decoder.pairs_in_float32(_tokens(model))
-    ranges = torch.stack([_ranges(pairs) for pairs in layers], 1)
+    ranges = torch.stack([ranges_of(pairs) for pairs in layers], 1)
     scales = rounded_up(ranges * (MARGIN[dtype] / LARGEST[TORCH_DTYPE[dtype]]))
     return Quantised(dtype, scales.clamp(min=SMALLEST))
 
@@ -86,7 +86,7 @@ def rounded_up(values: Tensor) -> Tensor:
     return ((values.view(torch.int32) + others) & ~others).view(torch.float32)
 
 
-def _ranges(pairs: Tensor) -> Tensor:
+def ranges_of(pairs: Tensor) -> Tensor:
     """The largest magnitudes in [kv_heads, 2, tokens, head_dim]: [kv_heads, 2].
 
     Of K those of whole pairs of elements, which rotation does not change: a token far behind

@@ -16,10 +16,13 @@ from kvstore.engine.calibration import (
     Quantised,
     calibrate,
     quantised,
+    ranges_of,
     rounded_up,
 )
 from kvstore.engine.loading import LoadedModel, load
 from kvstore.engine.naming import name_prompt, namespace_of
+from kvstore.engine.rope import Rope
+from kvstore.engine.rotary import Rotary, rotate
 from kvstore.errors import SettingsError
 from kvstore.kernels.quantise import LARGEST
 from kvstore.tiers.hbm import TORCH_DTYPE
@@ -28,24 +31,32 @@ from tests.engine.tiny import tiny_model
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3", "int8"])
 def test_what_a_model_computes_is_within_the_range(tiny: LoadedModel, dtype: str) -> None:
-    """K and V of the beginning of the text, and K of the same tokens at other positions."""
     limit = LARGEST[TORCH_DTYPE[dtype]] / MARGIN[dtype]
     ranges = calibrate(tiny, dtype).scales * limit
     tokens = tiny.tokenizer.encode(TEXT)[:80]
     part = kv_of(tiny, tokens).abs().amax((-1, -2)) / ranges
     assert part.max() <= 1
     assert part.median() > 0.4
-    # Only of the first layer: there K of a token does not depend on those before.
-    turned = kv_of(tiny, tokens, first=700)[:, 0, 0].abs().amax((-1, -2)) / ranges[:, 0, 0]
-    assert turned.max() <= 1
 
 
-def kv_of(model: LoadedModel, tokens: list[int], first: int = 0) -> torch.Tensor:
-    """K and V of `tokens` behind `first` others, which are zeros."""
+def test_ranges_are_those_of_every_position() -> None:
+    """K turns with its position: one of 3 and 4 is one of 5 and 0 somewhere else."""
+    pairs = torch.zeros(2, 2, 900, 64)
+    pairs[1, 0, :, 7], pairs[1, 0, :, 39], pairs[0, 1, 5, 3] = 3.0, -4.0, -9.0
+    rotary = Rotary(Rope(10_000.0, 64), torch.device("cpu"))
+    cos, sin = rotary.at(torch.arange(900), 900)
+    keys = rotate(pairs[:, 0].transpose(0, 1).clone(), cos, sin).transpose(0, 1)
+    assert keys.abs().max() > 4.9
+    for turned in (pairs[:, 0], keys[:, :1].expand(2, 900, 64)):
+        pairs[:, 0] = turned
+        assert ranges_of(pairs).tolist() == [[0.0, 9.0], [pytest.approx(5.0), 0.0]]
+
+
+def kv_of(model: LoadedModel, tokens: list[int]) -> torch.Tensor:
     c, count = model.config, len(tokens)
-    kv = torch.zeros(c.kv_heads, c.layers, 2, first + count, c.head_dim)
-    span = SequenceSpan(count, first, range(first + count))
-    model.decoder.forward(Batch.build([span], [tokens], block_tokens=1), kv)
+    kv = torch.zeros(c.kv_heads, c.layers, 2, count, c.head_dim)
+    batch = Batch.build([SequenceSpan(count, 0, [0])], [tokens], block_tokens=count)
+    model.decoder.forward(batch, kv)
     return kv
 
 

@@ -7,6 +7,7 @@ benchmarks/quantised.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,18 @@ def test_constant_eviction_and_reload(
         check(engine.generate(PROMPTS, GREEDY), answers)
         assert engine.stats().preemptions > 0
         assert engine.stats().counters["loaded_blocks"] > 0
+
+
+def test_siblings_copy_on_write(tiny: LoadedModel, kv_dtype: str, store: BlockStore) -> None:
+    params = SamplingParams(max_tokens=12, n=3, temperature=1.0, seed=2, ignore_eos=True)
+    with engine_over(tiny, None, kv_dtype=kv_dtype) as engine:
+        (cold,) = engine.generate([LONG], params)
+        alone = [engine.generate([LONG], replace(params, n=1))[0] for _ in range(2)]
+    assert [a.completions for a in alone] == [cold.completions[:1]] * 2
+    with engine_over(tiny, store, kv_dtype=kv_dtype) as engine:
+        engine.generate([LONG], GREEDY)
+        engine.clear_hbm()
+        assert engine.generate([LONG], params)[0].completions == cold.completions
 
 
 def test_stored_bytes_are_those_in_hbm(
