@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +24,8 @@ from torch import Tensor
 from kvstore.errors import KernelError
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
+# NVRTC fails when it is used for the first time by two threads at once.
+_COMPILING = Lock()
 OPTIONS = ("--std=c++17", "--generate-line-info")
 
 
@@ -152,7 +155,8 @@ def cubin(source: str, kernel: str, arch: str, folder: Path | None = None) -> tu
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     code, symbol = folder / f"{name}.cubin", folder / f"{name}.symbol"
     if not code.exists():
-        binary, lowered = _compile(source, text, headers, kernel, arch)
+        with _COMPILING:
+            binary, lowered = _compile(source, text, headers, kernel, arch)
         folder.mkdir(parents=True, exist_ok=True)
         _put(symbol, lowered.encode())  # first: who finds the code must find its name
         _put(code, binary)

@@ -23,14 +23,12 @@ WIDE = (torch.float32, torch.bfloat16, torch.float16)
 NARROW = (torch.int8, torch.float8_e4m3fn)
 
 
-class CompilingRuntime:
-    """Compiles what is to be launched, and leaves it at that."""
+class AskedRuntime:
+    """Remembers what is to be launched, and leaves it at that."""
 
     device_type = "cpu"
 
-    def __init__(self, arch: str, folder: Path) -> None:
-        self.arch = arch
-        self.folder = folder
+    def __init__(self) -> None:
         self.asked: set[tuple[str, str]] = set()
 
     def launch(
@@ -42,23 +40,13 @@ class CompilingRuntime:
         args: Sequence[np.generic],
         shared_bytes: int = 0,
     ) -> None:
-        path, symbol = cubin(source, kernel, self.arch, self.folder)
-        code = path.read_bytes()
-        assert code.startswith(b"\x7fELF")
-        assert symbol.encode() in code
-        self.asked.add((source, kernel.partition("<")[0]))
+        self.asked.add((source, kernel))
 
     def copy_rows(self, target: Rows, source: Rows, width_bytes: int, rows: int) -> None:
         raise NotImplementedError
 
 
-@pytest.fixture(params=ARCHS)
-def compiling(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> CompilingRuntime:
-    assert pytestconfig.cache is not None
-    return CompilingRuntime(request.param, Path(pytestconfig.cache.mkdir("cubins")))
-
-
-def compile_copies(runtime: CompilingRuntime) -> None:
+def ask_copies(runtime: AskedRuntime) -> None:
     """Of all conversions, and of rows whose length allows each width of access."""
     conversions = [(own, own) for own in (*WIDE, *NARROW)]
     conversions += [(own, stored) for own in WIDE for stored in (*WIDE, *NARROW) if own != stored]
@@ -70,7 +58,7 @@ def compile_copies(runtime: CompilingRuntime) -> None:
         copies.copy_in([0], [buffer])
 
 
-def compile_attention(runtime: CompilingRuntime) -> None:
+def ask_attention(runtime: AskedRuntime) -> None:
     module = paged_attention_cuda
     for kind, query_kind, head_dim in product(
         module.KV_DTYPES, module.QUERY_DTYPES, module.HEAD_DIMS
@@ -85,7 +73,7 @@ def compile_attention(runtime: CompilingRuntime) -> None:
         )  # fmt: skip
 
 
-def compile_writes(runtime: CompilingRuntime) -> None:
+def ask_writes(runtime: AskedRuntime) -> None:
     module = write_kv_cuda
     for kind, new, head_dim in product(module.KV_DTYPES, module.DTYPES, module.HEAD_DIMS):
         kv = torch.zeros(1, 1, 2, 16, head_dim).to(kind)
@@ -95,17 +83,37 @@ def compile_writes(runtime: CompilingRuntime) -> None:
         module.write_kv(key, key, kv, 0, slots, None, scales, runtime)
 
 
-def test_every_kernel_compiles(compiling: CompilingRuntime) -> None:
-    compile_copies(compiling)
-    compile_attention(compiling)
-    compile_writes(compiling)
+@pytest.fixture(scope="module")
+def asked() -> set[tuple[str, str]]:
+    """Source and name of every kernel."""
+    runtime = AskedRuntime()
+    ask_copies(runtime)
+    ask_attention(runtime)
+    ask_writes(runtime)
+    return runtime.asked
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_compiles(
+    arch: str, asked: set[tuple[str, str]], pytestconfig: pytest.Config
+) -> None:
+    assert pytestconfig.cache is not None
+    folder = Path(pytestconfig.cache.mkdir("cubins"))
+    for source, kernel in sorted(asked):
+        path, symbol = cubin(source, kernel, arch, folder)
+        code = path.read_bytes()
+        assert code.startswith(b"\x7fELF")
+        assert symbol.encode() in code
+
+
+def test_the_launchers_ask_for_every_kernel_that_there_is(asked: set[tuple[str, str]]) -> None:
     there = {
         (path.name, name)
         for path in cuda_module.SOURCES.glob("*.cu")
         for name in re.findall(r"__global__ [^;{]*?(\w+)\(const", path.read_text())
     }
     assert len(there) >= 6
-    assert compiling.asked == there
+    assert {(source, kernel.partition("<")[0]) for source, kernel in asked} == there
 
 
 def test_a_kernel_is_compiled_once_and_kept(
