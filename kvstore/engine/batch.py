@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
 def to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
     """A tensor of `values`, which are not to be changed any more. Does not wait for the device."""
     host = torch.from_numpy(values)
-    if device.type != "cuda":
-        return host
+    if device.type != "cuda" or not len(host):
+        return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
 
 
