@@ -150,7 +150,7 @@ class _Cold:
     def ask(self, engine: Engine, usages: list[Usage]) -> float:
         prompt, other = self._prompts
         with self._store.acquire(_chain(engine, other)) as lease:
-            lease.wait()  # takes the other's place in RAM
+            lease.wait()  # takes the other's place in RAM, unless it was asked for last
         engine.clear_hbm()
         usage = first_token(engine, prompt)
         self._prompts.reverse()

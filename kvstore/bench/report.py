@@ -60,6 +60,9 @@ def print_table(rows: Sequence[Row], unmeasured: Sequence[Unmeasured], console: 
             row.against,
         )
     console.print(table)
+    for row in rows:
+        if row.note:
+            console.print(f"[dim]{escape(row.name)}: {escape(row.note)}[/]", highlight=False)
     for each in unmeasured:
         colour, word = _OUTCOMES[each.outcome]
         said = f"[{colour}]{word}[/] {each.name}: {escape(each.reason)}"

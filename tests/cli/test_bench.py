@@ -88,6 +88,7 @@ def test_the_table_alone(here: Callable[..., Done], drive: Path) -> None:
     done = here("bench", "gpu", "attention/write", "--quick", "--dir", drive)
     assert done.status == 0
     assert "write of K and V, 8 tokens, one layer" in done.stdout
+    assert "one layer: scattered slots, rotary embedding of K included" in done.stdout
     assert done.stderr == "1. attention/write\n"
 
 
