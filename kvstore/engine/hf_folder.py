@@ -24,6 +24,8 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 # What old converters wrote and no one reads: the frequencies follow from the config.
+# Of models without a tokenizer.json. Our engine does not read them, but others run such models.
+OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt")
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
 
@@ -92,7 +94,11 @@ class HFFolder:
         )
 
     def tokenizer_fingerprint(self) -> str:
-        return hashlib.sha256(self._tokenizer_json).hexdigest()
+        """Of tokenizer.json, or else of what other engines take, if there is any of it."""
+        if (self.path / "tokenizer.json").exists():
+            return hashlib.sha256(self._tokenizer_json).hexdigest()
+        files = [self.path / name for name in OTHER_TOKENIZERS if (self.path / name).exists()]
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
     @cached_property
     def _tokenizer_json(self) -> bytes:

@@ -110,3 +110,14 @@ def test_an_index_without_files(folder: Path, weight_map: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ModelError, match="has no weight_map"):
         HFFolder(folder)
+
+
+def test_other_tokenizers_are_told_apart(folder: Path) -> None:
+    """Engines that connectors plug into run models without a tokenizer.json."""
+    seen = {HFFolder(folder).tokenizer_fingerprint()}
+    (folder / "tokenizer.json").unlink()
+    seen.add(HFFolder(folder).tokenizer_fingerprint())
+    for content in ("one", "another"):
+        (folder / "tokenizer.model").write_text(content)
+        seen.add(HFFolder(folder).tokenizer_fingerprint())
+    assert len(seen) == 4
