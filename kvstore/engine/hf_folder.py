@@ -21,11 +21,11 @@ from kvstore.errors import ModelError
 
 # The format's own bound on a header, so that a wrong file is not read as one.
 MAX_HEADER_BYTES = 100_000_000
+# Of models without a tokenizer.json. Our engine does not read them, but others run such models.
+OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt")
 
 
 # What old converters wrote and no one reads: the frequencies follow from the config.
-# Of models without a tokenizer.json. Our engine does not read them, but others run such models.
-OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt")
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
 
