@@ -8,9 +8,10 @@ import pytest
 
 from kvstore.bench.benchmark import Bench, measured
 from kvstore.bench.gpu import catalogue, facts, select
-from kvstore.bench.rows import Row, Unmeasured
+from kvstore.bench.rows import NotHereError, Row, Unmeasured
 from kvstore.bench.sizes import FULL, TINY
 from kvstore.errors import InputError
+from tests.bench.cpu_card import CpuCard
 
 COPIES = [
     "pages to RAM by kernel, {} blocks",
@@ -133,3 +134,27 @@ def test_facts_name_device_model_and_versions(bench: Bench) -> None:
     assert said["device"] == {"name": "no GPU"}
     assert said["model"] == "tiny"
     assert "torch" in said["versions"]
+
+
+class Noted(Bench):
+    """Of which every benchmark is told that there is no room, after it has said how much."""
+
+    def __init__(self, card: CpuCard) -> None:
+        super().__init__(card, FULL, Path())
+        self.needs: list[dict[str, int]] = []
+
+    def need(self, **needs: int) -> None:
+        self.needs.append(needs)
+        raise NotHereError("no room")
+
+
+def test_a_full_run_fits_an_h100(card: CpuCard) -> None:
+    """As the command's help has it: 80 GB of HBM, 64 GB of RAM, 12 GiB of the drive."""
+    bench = Noted(card)
+    began: list[str] = []
+    chosen = [each for each in catalogue(FULL) if each.name != "attention/write"]
+    assert len(list(measured(chosen, bench, began.append))) == len(chosen) == len(bench.needs)
+    for name, needs in zip(began, bench.needs, strict=True):
+        assert 0 < needs["hbm_bytes"] < 72 << 30, name
+        assert needs.get("ram_bytes", 0) < 60 << 30, name
+        assert needs.get("disk_bytes", 0) < 12 << 30, name
