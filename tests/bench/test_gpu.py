@@ -149,7 +149,7 @@ class Noted(Bench):
 
 
 def test_a_full_run_fits_an_h100(card: CpuCard) -> None:
-    """As the command's help has it: 80 GB of HBM, 64 GB of RAM, 12 GiB of the drive."""
+    """80 GB of HBM, and as the command's help has it: 64 GB of RAM, 12 GiB of the drive."""
     bench = Noted(card)
     began: list[str] = []
     chosen = [each for each in catalogue(FULL) if each.name != "attention/write"]
