@@ -142,7 +142,7 @@ def test_what_one_process_has_computed_another_loads(
         assert hits(engine) - before in FROM_EACH_OTHER
         # What was under way then has pages from before, and is not stored.
         assert engine.ask("reset", connector=True)
-        assert not engine.ask("forget_midway", prompt=prompts[0], steps=3)
+        assert not engine.ask("forget_midway", prompt=prompts[0])
         assert engine.ask("reset")
         before = hits(engine)
         assert engine.ask("generate", prompts=prompts[:1], tokens=NEW) == cold[:1]

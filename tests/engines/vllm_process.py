@@ -95,12 +95,12 @@ class VllmProcess:
         self.settle()
         return len(self._core.scheduler.requests)
 
-    def forget_midway(self, prompt: Sequence[int], steps: int) -> bool:
-        """Reset all there is when a prompt has begun to be computed; then let it end."""
+    def forget_midway(self, prompt: Sequence[int]) -> bool:
+        """Reset all there is when a prompt has been computed, a part of it at least; let it end."""
         params = self._params(temperature=0.0, max_tokens=40, ignore_eos=True, detokenize=False)
         engine = self._llm.llm_engine
         engine.add_request("midway", {"prompt_token_ids": list(prompt)}, params)
-        for _ in range(steps):
+        while not any(each.num_computed_tokens for each in self._core.scheduler.requests.values()):
             engine.step()
         has_reset = self.reset(connector=True)
         self.settle()
