@@ -202,7 +202,7 @@ class KernelCopies:
     def _kernel(self, where: NDArray[np.uint64], out: bool) -> tuple[str, int]:
         """The kernel for buffers at these addresses, and how many elements a thread moves."""
         page, buffer = self.pages.views[0].dtype, self.format.dtype
-        aligned = int(np.bitwise_or.reduce(where)) | self.format.head_bytes
+        aligned = int(np.bitwise_or.reduce(where))
         widest = 16 // max(page.itemsize, buffer.itemsize)
         # A conversion has two kernels: one for 16 bytes of the wider type, one for anything.
         choices = (16, 8, 4, 2) if page == buffer else (widest,)
@@ -217,7 +217,10 @@ class KernelCopies:
         return f"convert_pages<{types}, {way}, {scaled}>", vector
 
     def _fits(self, vector: int, aligned: int) -> bool:
-        """Whether every vector lies at a multiple of its size, in pages and in buffers."""
+        """Whether every vector lies at a multiple of its size, in pages and in buffers.
+
+        `aligned` is of buffers. Heads in them are: whole rows of pages, and scales in eights.
+        """
         page, buffer = self.pages.views[0].itemsize, self.format.dtype.itemsize
         return not (self._aligned % (vector * page) or aligned % (vector * buffer))
 

@@ -198,9 +198,12 @@ def test_numbers_between_two_of_fp8_are_rounded_as_torch_rounds_them(runtime: Ru
     assert block[2048:] == reference.raw(torch.ones(2))
 
 
-@pytest.mark.parametrize("block_tokens", [16, 32, 64, 128, 256])
-def test_many_blocks_of_our_own_engine(block_tokens: int, any_runtime: Runtime) -> None:
-    """More than one launch takes, pages and blocks of one size, there and back."""
+@pytest.mark.parametrize(
+    ("page_tokens", "block_tokens"),
+    [(16, 16), (32, 32), (64, 64), (128, 128), (256, 256), (16, 32), (1, 64)],
+)
+def test_many_blocks(page_tokens: int, block_tokens: int, any_runtime: Runtime) -> None:
+    """More than one launch takes, there and back; pages of a block follow one another."""
     blocks, count = 300, 270
     generator = torch.Generator().manual_seed(block_tokens)
     kv = torch.randint(
@@ -209,15 +212,20 @@ def test_many_blocks_of_our_own_engine(block_tokens: int, any_runtime: Runtime) 
     kv = kv.to(torch.int16).view(torch.bfloat16)
     (there,) = on_device([kv], any_runtime)
     chosen = torch.randperm(blocks, generator=generator)[:count].tolist()
-    copy = KernelCopies(paged(there, block_tokens), block_tokens, runtime=any_runtime)
+    runs = [
+        first + token
+        for first in runs_of(chosen, block_tokens)
+        for token in range(0, block_tokens, page_tokens)
+    ]
+    copy = KernelCopies(paged(there, page_tokens), block_tokens, runtime=any_runtime)
     memory = Memory(any_runtime)
     buffers = [memory.buffer(bytes(copy.format.head_bytes)) for _ in chosen]
-    copy.copy_out(runs_of(chosen, block_tokens), buffers)
+    copy.copy_out(runs, buffers)
     pieces = kv.view(2, blocks, block_tokens * 8)
     assert memory.contents() == [reference.raw(pieces[:, block]) for block in chosen]
 
     there.zero_()
-    copy.copy_in(runs_of(chosen, block_tokens), buffers)
+    copy.copy_in(runs, buffers)
     memory.settle()
     expected = torch.zeros_like(pieces)
     expected[:, chosen] = pieces[:, chosen]
