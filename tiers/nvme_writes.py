@@ -178,7 +178,8 @@ class Writes:
                 self._slab.table.abandon([draft.row for draft in lost])
             for error in set(failed.values()) - PASSING_ERRORS:
                 self._slab.fail(errno.errorcode[error].lower(), os.strerror(error))
-        return written
+        # As they were given, not as they arrived: of one key in a batch the first is kept.
+        return sorted(written, key=lambda draft: draft.number)
 
     def _publish(self, batch: _Batch, written: list[_Draft]) -> None:
         """Records, then table. What cannot be recorded was not written."""
