@@ -105,7 +105,7 @@ def test_what_joins_a_directory_of_ours_is_no_reason_to_refuse_it(tmp_path: Path
 
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DirectoryError, match="cannot be used: File exists"):
+    with pytest.raises(DirectoryError, match="cannot be used: Not a directory"):
         NvmeTier(tmp_path / "file", CAPACITY_BYTES)
 
 
