@@ -104,7 +104,8 @@ def random_case(seed: int) -> Case:
         keys_transposed=order.endswith("ND") and chance.random() < 0.3,
     )
     if chance.random() < 0.3:
-        layout = padded(layout, chance.choice([1, 8, 16]))
+        fastest = 1 if layout.keys_transposed else 0
+        layout = padded(layout, chance.choice([1, 8, 16]), chance.randrange(fastest, len(order)))
     first = 0 if seed % 2 else chance.randint(0, page_tokens)
     table = chance.sample(range(layout.blocks), layout.blocks)
     room = (layout.blocks * page_tokens - first) // block_tokens
@@ -131,11 +132,10 @@ def sequence_runs(
     return [slots[i : i + count] for i in range(0, len(slots), count)]
 
 
-def padded(layout: PageLayout, padding: int) -> PageLayout:
-    """With a gap behind the slowest dimension, as allocators that align leave it."""
+def padded(layout: PageLayout, padding: int, behind: int) -> PageLayout:
+    """With a gap behind one of the dimensions, counted from the fastest, as alignment leaves it."""
     strides, step = [], 1
-    for size in reversed(layout.shape):
+    for number, size in enumerate(reversed(layout.shape)):
         strides.append(step)
-        step *= size
-    strides[-1] += padding
+        step = step * size + (padding if number == behind else 0)
     return dataclasses.replace(layout, strides=tuple(reversed(strides)))

@@ -101,6 +101,19 @@ def test_the_reference_is_right(seed: int) -> None:
         assert got == reference.raw(want.permute(1, 2, 3, 0, 4))
 
 
+def test_keys_whose_elements_are_apart_while_values_are_dense(any_runtime: Runtime) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randint(0, 256, (2, 4, 2, 16, 32), generator=generator).to(torch.uint8)
+    here = [keys[..., ::2], values[..., :16].as_strided((4, 2, 16, 16), (1024, 512, 32, 1))]
+    there = on_device([keys, values], any_runtime)
+    views = (there[0][..., ::2], there[1].as_strided((4, 2, 16, 16), (1024, 512, 32, 1)))
+    memory = Memory(any_runtime)
+    copy = KernelCopies(PagedTensors(views), 16, runtime=any_runtime)
+    copy.copy_out([32], [memory.buffer(bytes(2 * copy.format.head_bytes))])
+    expected = reference.block_of(PagedTensors((*here,)), [32], 16, torch.uint8, range(2))
+    assert memory.contents() == [expected]
+
+
 WIDE = (torch.float32, torch.bfloat16, torch.float16)
 NARROW = (torch.int8, torch.float8_e4m3fn)
 
