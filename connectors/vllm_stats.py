@@ -25,7 +25,7 @@ _COUNTERS = {
     "loaded_blocks": "Blocks loaded from kvstore.",
     "saved_blocks": "Blocks stored in kvstore.",
     "refused_blocks": "Blocks that kvstore had no room for, or was away.",
-    "dropped_blocks": "Blocks not stored because too many saves were waiting.",
+    "dropped_blocks": "Blocks saved later, or not at all, because too many saves were waiting.",
     "store_errors": "Errors of kvstore, each of which was a miss.",
     "lookups": "Prompts looked up in kvstore.",
     "late_lookups": "Lookups given up because kvstore did not answer.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -16,8 +15,6 @@ from kvstore.connectors.vllm_report import Counts, Report
 from kvstore.connectors.vllm_saves import Saves, TakenBackError
 from kvstore.identity import Namespace
 from kvstore.verbs import Store
-
-log = logging.getLogger(__name__)
 
 LOADS_AT_ONCE = 4
 CONNECTORS = 256  # namespaces whose connector is kept
