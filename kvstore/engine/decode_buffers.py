@@ -42,8 +42,8 @@ class DecodeBuffers:
         self._tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
         self._rows: dict[TokenSequence, int] = {}
         # The very list that a row was written from, and how many entries of it are there. While
-        # a sequence decodes, its list only grows, or has the block replaced that is written to
-        # next; after anything else it is another list.
+        # a sequence decodes, its list only grows; after anything else it is another list, copy
+        # on write included: that may happen in a step which these buffers do not see.
         self._lists: list[list[int] | None] = [None] * max_rows
         self._written = [0] * max_rows
 

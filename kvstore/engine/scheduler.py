@@ -201,7 +201,8 @@ class Scheduler:
             else:  # shared with a sibling: copy on write
                 copies.append((table[place], taken[0]))
                 self._pool.release(table[place : place + 1])
-                table[place] = taken[0]
+                # Another list, by which who has read this one sees that it is no longer true.
+                table = sequence.block_table = [*table[:place], *taken, *table[place + 1 :]]
         return True
 
     def _preempt(self, sequence: TokenSequence) -> None:

@@ -98,6 +98,31 @@ def test_between_steps_others_prefill_for_longer_than_a_block(
         assert recorded.runs > before
 
 
+def test_siblings_part_while_others_prefill(tiny: LoadedModel) -> None:
+    """The shared block is in a row of a step; the block that replaces it comes without one."""
+    prompt = PROMPTS[5][:21]  # all but the last token in five full blocks
+    once = SamplingParams(max_tokens=1, ignore_eos=True)
+    pair = SamplingParams(max_tokens=40, temperature=0.9, seed=5, n=2, ignore_eos=True)
+
+    def answers(engine: Engine) -> dict[int, list[int]]:
+        engine.generate([prompt], once)
+        request = engine.add_request(prompt, pair)
+        deltas = engine.step()
+        engine.add_request([5] * 150, once)
+        deltas += drain(engine)
+        tokens: dict[int, list[int]] = {0: [], 1: []}
+        for delta in deltas:
+            if delta.request_id == request:
+                tokens[delta.index] += delta.token_ids
+        return tokens
+
+    with engine_over(tiny, None) as engine:
+        right = answers(engine)
+    with stepping_engine(tiny) as (engine, recorded):
+        assert answers(engine) == right
+        assert recorded.runs > 20
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_steps_over_delayed_copies(
     tiny: LoadedModel, expected: list[tuple[int, ...]], seed: int
