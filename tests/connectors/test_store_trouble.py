@@ -46,19 +46,21 @@ def test_from_nvme_it_comes_by_and_by(tmp_path: Path, source: Memory) -> None:
 
 def test_each_miss_has_its_own_reason(tmp_path: Path, source: Memory) -> None:
     """Of 12 blocks 8 are on NVMe; when computing is quicker than loading, none is worth it."""
-    with kvstore.open(ram_bytes="1 MiB", nvme_path=tmp_path / "nvme", nvme_bytes="16 MiB") as store:
-        Connector(store, NAMESPACE).save(TOKENS[:128], TABLE, source.pages)
-    with (
-        kvstore.open(ram_bytes="1 MiB", nvme_path=tmp_path / "nvme", nvme_bytes="16 MiB") as store,
-        Connector(store, NAMESPACE) as connector,
-    ):
-        first = connector.load(TOKENS[:16], TABLE, source.pages)  # by which NVMe's speed is known
-        assert first.wait()
+    rig = Rig(tmp_path / "nvme", clock=RunningClock())
+    try:
+        connector = Connector(rig.store, NAMESPACE)
+        connector.save(TOKENS[:128], TABLE, source.pages)
+        assert rig.store.flush(30)
+        rig.drop_from_ram(TokenChain(NAMESPACE, TOKENS[:128]).chain())
+        assert connector.load(TOKENS[:16], TABLE, source.pages).wait()
+        rig.until(lambda: rig.store.load_costs["nvme"].observations > 0)
         connector.prefill.observe(1000, 1000 * 500, 1e-9)
         load = connector.load(TOKENS, TABLE, source.pages, start_token=16)
         assert load.wait()
         assert load.loaded_tokens == range(16, 16)
         assert connector.stats().misses == {"too_slow": 7, "absent": 4}
+    finally:
+        rig.finish()
 
 
 def test_prefetch_makes_it_ready(tmp_path: Path, source: Memory) -> None:
