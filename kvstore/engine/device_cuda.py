@@ -17,6 +17,7 @@ from kvstore.engine.device import Observe
 from kvstore.engine.forward import Forward
 from kvstore.engine.hbm_size import kv_bytes
 from kvstore.engine.model import Decoder
+from kvstore.kernels.cuda_module import Runtime
 from kvstore.layout import BlockLayout
 from kvstore.tiers.hbm import TORCH_DTYPE, HbmTier
 from kvstore.tiers.hbm_cuda import CudaCopies
@@ -28,13 +29,18 @@ class CudaDevice:
     tokens are drawn.
     """
 
-    def __init__(self, decoder: Decoder, max_batch: int, scales: Tensor | None = None) -> None:
-        """`scales`, for KV of one byte, are what `CudaAttention` takes."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        max_batch: int,
+        scales: Tensor | None = None,
+        runtime: Runtime | None = None,
+    ) -> None:
+        """`scales`, for KV of one byte, and `runtime` are what `CudaAttention` takes."""
         self._decoder = decoder
         self._max_batch = max_batch
-        self._attention = CudaAttention(
-            decoder.config, decoder.device, max_rows=step_sizes(max_batch)[-1], scales=scales
-        )
+        rows = step_sizes(max_batch)[-1]
+        self._attention = CudaAttention(decoder.config, decoder.device, rows, runtime, scales)
         self._measured: deque[tuple[Any, Any, Observe]] = deque()  # begin, end; oldest first
 
     def hbm_bytes(self, layout: BlockLayout, chunk_tokens: int, fraction: float) -> int:
@@ -85,25 +91,34 @@ class CudaDevice:
 
         And what a chunk at the end of the longest context gathers, which it does not have.
         """
-        tokens, config = layout.block_tokens, self._decoder.config
-        chunk_tokens = min(chunk_tokens, config.context_tokens)
-        chunk_blocks = -(-chunk_tokens // tokens)
-        heads, layers, pair, _, head_dim = layout.shape
-        device = self._decoder.device
-        kv = torch.zeros(
-            (heads, layers, pair, (chunk_blocks + self._max_batch) * tokens, head_dim),
-            dtype=TORCH_DTYPE[layout.dtype],
-            device=device,
-        )
-        decoding = [SequenceSpan(1, 0, [chunk_blocks + row]) for row in range(self._max_batch)]
-        spans = [SequenceSpan(chunk_tokens, 0, range(chunk_blocks)), *decoding]
-        ids = [[0] * span.query_tokens for span in spans]
-        batch = Batch.build(spans, ids, block_tokens=tokens, device=device)
+        device, config = self._decoder.device, self._decoder.config
         torch.cuda.reset_peak_memory_stats(device)
         before_bytes = torch.cuda.memory_allocated(device)
-        self._decoder.forward(batch, kv, (), self._attention)
+        kv = self.compute_largest_step(layout, chunk_tokens)
         torch.cuda.synchronize(device)
+        heads, _, pair, _, head_dim = layout.shape
         # KV of one byte is gathered as it is, and then widened to two.
         element_bytes = kv.element_size() + 2 * (kv.element_size() == 1)
         gathered_bytes = config.context_tokens * heads * pair * head_dim * element_bytes
-        return torch.cuda.max_memory_allocated(device) - before_bytes + gathered_bytes
+        taken_bytes = torch.cuda.max_memory_allocated(device) - before_bytes
+        return taken_bytes - kv.nbytes + gathered_bytes
+
+    def compute_largest_step(self, layout: BlockLayout, chunk_tokens: int) -> Tensor:
+        """A prompt in one chunk, while all others decode; over KV of its own, returned."""
+        tokens, config = layout.block_tokens, self._decoder.config
+        chunk_tokens = min(chunk_tokens, config.context_tokens)
+        chunk_blocks = -(-chunk_tokens // tokens)
+        others = self._max_batch - 1
+        device = self._decoder.device
+        heads, layers, pair, _, head_dim = layout.shape
+        kv = torch.zeros(
+            (heads, layers, pair, (chunk_blocks + others) * tokens, head_dim),
+            dtype=TORCH_DTYPE[layout.dtype],
+            device=device,
+        )
+        decoding = [SequenceSpan(1, 0, [chunk_blocks + row]) for row in range(others)]
+        spans = [SequenceSpan(chunk_tokens, 0, range(chunk_blocks)), *decoding]
+        ids = [[0] * span.query_tokens for span in spans]
+        batch = Batch.build(spans, ids, block_tokens=tokens, device=device)
+        self._decoder.forward(batch, kv, (), self._attention)
+        return kv

@@ -15,9 +15,11 @@ from kvstore.engine.attention_cuda import CudaAttention
 from kvstore.engine.batch import Batch, SequenceSpan
 from kvstore.engine.calibration import quantised
 from kvstore.engine.decode_steps import Capture, DecodeSteps, GraphCapture, as_it_is
+from kvstore.engine.device_cuda import CudaDevice
 from kvstore.engine.engine import Engine
 from kvstore.engine.forward import Forward
 from kvstore.engine.loading import LoadedModel, load
+from kvstore.engine.naming import namespace_of
 from kvstore.engine.sampling import SamplingParams
 from kvstore.kernels import reference
 from kvstore.kernels.cuda_module import CudaRuntime, Runtime
@@ -130,6 +132,20 @@ def test_rows_of_every_kind_attend_to_what_they_should(
         error = (out[:rows].view(rows, 4, 64).cpu() - right).norm() / right.norm()
         assert error < 4e-3  # chunks come back in bfloat16 or float16
         assert not out[rows:].any()
+
+
+@pytest.mark.parametrize("max_batch", [1, 4, 5, 8])
+@pytest.mark.parametrize("chunk_tokens", [1, 40])
+def test_the_largest_step_fits_into_the_workspace(
+    model: LoadedModel, runtime: Runtime, max_batch: int, chunk_tokens: int
+) -> None:
+    """The step by which an engine measures how much memory it needs beside its KV."""
+    device = CudaDevice(model.decoder, max_batch, runtime=runtime)
+    layout = namespace_of(model, torch.bfloat16, block_tokens=BLOCK_TOKENS).layout
+    kv = device.compute_largest_step(layout, chunk_tokens)
+    written = kv.float().abs().sum((0, 1, 2, 4)).nonzero()[:, 0].tolist()
+    decoded = range(kv.shape[3] - (max_batch - 1) * BLOCK_TOKENS, kv.shape[3], BLOCK_TOKENS)
+    assert written == [*range(chunk_tokens), *decoded]
 
 
 def test_steps_and_batches_give_the_same_tokens(model: LoadedModel, runtime: Runtime) -> None:

@@ -151,10 +151,12 @@ def test_graphs_give_what_launches_give(tmp_path: Path) -> None:
             assert captured == launched
 
 
-def test_hbm_is_what_is_left_of_the_fraction(tiny_path: Path) -> None:
+@pytest.mark.parametrize("head_dim", [16, 64])  # unknown to the kernels, and known
+def test_hbm_is_what_is_left_of_the_fraction(tmp_path: Path, head_dim: int) -> None:
+    path = tiny_model(tmp_path / "model", head_dim=head_dim)
     _, total_bytes = torch.cuda.mem_get_info()
     options: dict[str, Any] = {"device": "cuda", "hbm_fraction": 0.3, "block_tokens": 256}
-    with Engine.from_pretrained(tiny_path, **options) as engine:
+    with Engine.from_pretrained(path, **options) as engine:
         layout = engine.namespace.layout
         kept_bytes = engine.stats().hbm_blocks * layout.block_bytes
         free_bytes, _ = torch.cuda.mem_get_info()
