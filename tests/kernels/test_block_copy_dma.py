@@ -60,11 +60,23 @@ def test_out_and_in_are_the_reference_s(seed: int, any_runtime: Runtime) -> None
     assert bits(there) == bits(others)
 
 
-@pytest.mark.parametrize("order", ["KBNHD", "LBHNKD", "LBHKND", "BHND"])
-def test_pages_of_another_order_are_refused(order: str, any_runtime: Runtime) -> None:
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("order", ["LBNHKD", "LBHNKD", "LKBHDN"])
+def test_pages_whose_tokens_are_apart_are_refused(
+    order: str, layers: int, any_runtime: Runtime
+) -> None:
+    refused(order, layers, any_runtime)
+
+
+@pytest.mark.parametrize("order", ["KBNHD", "LBHKND", "BHND"])
+def test_layers_that_are_not_at_one_distance_are_refused(order: str, any_runtime: Runtime) -> None:
+    refused(order, 3, any_runtime)
+
+
+def refused(order: str, layers: int, any_runtime: Runtime) -> None:
     case = random_case(0)
     layout = dataclasses.replace(
-        case.layout, order=order, block_tokens=4, kv_heads=2, heads=None, layers=3, head_dim=8,
+        case.layout, order=order, block_tokens=4, kv_heads=2, heads=None, layers=layers, head_dim=8,
         strides=None, keys_transposed=False,
     )  # fmt: skip
     case = dataclasses.replace(case, layout=layout)
