@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def test_each_miss_has_its_own_reason(tmp_path: Path, source: Memory) -> None:
         assert rig.store.flush(30)
         rig.drop_from_ram(TokenChain(NAMESPACE, TOKENS[:128]).chain())
         assert connector.load(TOKENS[:16], TABLE, source.pages).wait()
-        rig.until(lambda: rig.store.load_costs["nvme"].observations > 0)
+        while not rig.store.load_costs["nvme"].observations:  # is known a moment later
+            rig.run_in_background(asyncio.sleep(0))
         connector.prefill.observe(1000, 1000 * 500, 1e-9)
         load = connector.load(TOKENS, TABLE, source.pages, start_token=16)
         assert load.wait()
