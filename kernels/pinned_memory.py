@@ -10,11 +10,11 @@ import ctypes
 import logging
 import weakref
 from collections.abc import Callable, Iterable
+from threading import Lock
 
 log = logging.getLogger(__name__)
 
 _PORTABLE = 1  # for all CUDA contexts of the process
-_ALREADY_REGISTERED = 712  # by somebody else, who will see to its end
 
 
 def _register(start: int, nbytes: int) -> int:
@@ -39,10 +39,11 @@ def _unregister(start: int) -> int:
 
 
 class PinnedMemory:
-    """What this process has registered with CUDA. Belongs to one thread.
+    """What this process has registered with CUDA. Any thread may call it.
 
     Only memory that ctypes made an object of, as `kvstore.mapping` does, can be pinned: it
-    says when it is about to be unmapped.
+    says when it is about to be unmapped. What somebody else has registered is not counted,
+    because they may end that at any time.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class PinnedMemory:
         """The functions take an address, and bytes; they return 0, or CUDA's error."""
         self._register = register
         self._unregister = unregister
+        # CUDA lets other threads run while it pins. Finalizers run anywhere, so they take no lock.
+        self._registering = Lock()
         self._known: dict[int, bool] = {}  # by id of the object, while it lives: is it pinned?
 
     def holds(self, views: Iterable[memoryview]) -> bool:
@@ -70,26 +73,34 @@ class PinnedMemory:
     def _pin(self, owner: object) -> bool:
         if not isinstance(owner, ctypes.Array):
             return False
+        with self._registering:
+            is_pinned = self._known.get(id(owner))
+            if is_pinned is None:  # and not because another thread was faster
+                _before_unmapping(owner, self._known.pop, id(owner), None)
+                is_pinned = self._known[id(owner)] = self._is_registered(owner)
+        return is_pinned
+
+    def _is_registered(self, owner: ctypes.Array[ctypes.c_char]) -> bool:
         start, nbytes = ctypes.addressof(owner), ctypes.sizeof(owner)
         error = self._register(start, nbytes)
-        is_pinned = error in (0, _ALREADY_REGISTERED)
-        if not is_pinned:
+        if error:
             log.warning(
                 "CUDA does not pin %d bytes of the cache (error %d): blocks are copied by way "
                 "of other memory, which is slower",
                 nbytes,
                 error,
             )
-        self._known[id(owner)] = is_pinned
-        ending = weakref.finalize(owner, self._forget, id(owner), None if error else start)
-        ending.atexit = False  # the driver forgets all at the process's end
-        return is_pinned
+            return False
+        _before_unmapping(owner, self._unregister, start)
+        return True
 
-    def _forget(self, number: int, start: int | None) -> None:
-        """Called before the memory is unmapped: finalizers run from the latest to the first."""
-        del self._known[number]
-        if start is not None:
-            self._unregister(start)
+
+def _before_unmapping(
+    owner: ctypes.Array[ctypes.c_char], end: Callable[..., object], *args: object
+) -> None:
+    """Finalizers run from the latest to the first, and the first is the one that unmaps."""
+    ending = weakref.finalize(owner, end, *args)
+    ending.atexit = False  # the driver forgets all at the process's end
 
 
 # A process registers its memory once, however many engines it has.

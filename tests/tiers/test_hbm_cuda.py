@@ -7,6 +7,7 @@ import gc
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -187,13 +188,38 @@ def test_other_memory_is_not_pinned() -> None:
     assert not driver.registered
 
 
-def test_memory_that_somebody_else_has_pinned_is_left_to_them() -> None:
+def test_memory_that_somebody_else_has_pinned_is_not_counted_on() -> None:
+    """They may end it while a copy is on its way, and it is theirs to end."""
     driver, arena = Driver(error=712), Arena(1 << 20)
     pinned = PinnedMemory(driver.register, driver.unregister)
-    assert pinned.holds(views_of(arena, 2))
+    assert not pinned.holds(views_of(arena, 2))
     arena.close()
     gc.collect()
     assert driver.ended_mapped == []
+
+
+def test_engines_that_start_at_once_register_once() -> None:
+    """CUDA pins without the GIL, so another thread comes while it does; and ends it once."""
+    driver, arena, results = Driver(), Arena(1 << 20), []
+
+    def register(start: int, nbytes: int) -> int:
+        if not second.ident:  # only when it is wrong does it come here again
+            second.start()
+            second.join(0.2)  # it would be here by now, and gets on afterwards if it waits
+        return driver.register(start, nbytes)
+
+    def ask() -> None:
+        results.append(pinned.holds(views_of(arena, 1)))
+
+    pinned = PinnedMemory(register, driver.unregister)
+    second = Thread(target=ask)
+    ask()
+    second.join()
+    assert results == [True, True]
+    assert len(driver.registered) == 1
+    arena.close()
+    gc.collect()
+    assert driver.ended_mapped == [True]
 
 
 def test_what_is_refused_is_said_once(caplog: pytest.LogCaptureFixture, arena: Arena) -> None:
