@@ -35,5 +35,6 @@ def test_a_chat_goes_on_after_a_restart(
         loaded.append(int(said[1]) / int(said[2]))
     assert answers[0] == answers[1]
     assert len(answers[0]) == 2
-    # At first the second question found the first one; after the restart both were there.
-    assert 0 < loaded[0] < 0.8 < loaded[1]
+    # At first the second question found the first one; after the restart that was there, too. Of
+    # the rest, what is quicker to compute than to read, for so small a model, may be computed.
+    assert 0 < loaded[0] < loaded[1]
