@@ -10,7 +10,8 @@ import ctypes
 import logging
 import weakref
 from collections.abc import Callable, Iterable
-from threading import Lock
+from functools import partial
+from threading import Lock, Thread
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,11 @@ def _unregister(start: int) -> int:
     return 0
 
 
+def _aside(work: Callable[[], object]) -> None:
+    # Not a daemon thread: a process does not end within a call of CUDA.
+    Thread(target=work, name="kvstore-pin").start()
+
+
 class PinnedMemory:
     """What this process has registered with CUDA. Any thread may call it.
 
@@ -50,35 +56,55 @@ class PinnedMemory:
         self,
         register: Callable[[int, int], int] = _register,
         unregister: Callable[[int], int] = _unregister,
+        aside: Callable[[Callable[[], object]], object] = _aside,
     ) -> None:
-        """The functions take an address, and bytes; they return 0, or CUDA's error."""
+        """The first two take an address, and bytes; they return 0, or CUDA's error.
+
+        `aside` does what it is given while its caller goes on.
+        """
         self._register = register
         self._unregister = unregister
+        self._aside = aside
         # CUDA lets other threads run while it pins. Finalizers run anywhere, so they take no lock.
         self._registering = Lock()
         self._known: dict[int, bool] = {}  # by id of the object, while it lives: is it pinned?
 
-    def holds(self, views: Iterable[memoryview]) -> bool:
-        """Whether the device can reach all of `views`; pins the memory that they lie in first.
+    def pin(self, memory: memoryview) -> bool:
+        """Whether the device can reach what `memory` is a view of, which is pinned first.
 
-        That takes a second for some GiB; it is done once. What is refused is said once, and
-        stays as it is.
+        Blocks until it is: a second for some GiB. What was refused is tried again.
         """
-        known = self._known
-        return all(
-            pinned if (pinned := known.get(id(view.obj))) is not None else self._pin(view.obj)
-            for view in views
-        )
+        return self._pin(memory.obj)
+
+    def holds(self, views: Iterable[memoryview]) -> bool:
+        """Whether the device can reach all of `views` by now. Does not block.
+
+        Memory that it meets for the first time is pinned meanwhile. What is refused is said
+        once, and stays as it is.
+        """
+        return all(self._is_pinned(view.obj) for view in views)
+
+    def _is_pinned(self, owner: object) -> bool:
+        is_pinned = self._known.get(id(owner))
+        if is_pinned is None and isinstance(owner, ctypes.Array):
+            self._meet(owner)
+            self._aside(partial(self._pin, owner))
+            is_pinned = self._known[id(owner)]
+        return bool(is_pinned)
 
     def _pin(self, owner: object) -> bool:
         if not isinstance(owner, ctypes.Array):
             return False
+        self._meet(owner)
         with self._registering:
-            is_pinned = self._known.get(id(owner))
-            if is_pinned is None:  # and not because another thread was faster
-                _before_unmapping(owner, self._known.pop, id(owner), None)
-                is_pinned = self._known[id(owner)] = self._is_registered(owner)
-        return is_pinned
+            if not self._known[id(owner)]:  # another thread may have been faster
+                self._known[id(owner)] = self._is_registered(owner)
+            return self._known[id(owner)]
+
+    def _meet(self, owner: ctypes.Array[ctypes.c_char]) -> None:
+        if id(owner) not in self._known:
+            _before_unmapping(owner, self._known.pop, id(owner), None)
+            self._known.setdefault(id(owner), False)
 
     def _is_registered(self, owner: ctypes.Array[ctypes.c_char]) -> bool:
         start, nbytes = ctypes.addressof(owner), ctypes.sizeof(owner)

@@ -114,7 +114,7 @@ class CudaCopies:
 
     def pin(self, memory: memoryview) -> bool:
         """See to it that copies from and to `memory` begin at once. Blocks, for seconds."""
-        return self._pinned.holds([memory])
+        return self._pinned.pin(memory)
 
     def gated_bytes(self, others_run: bool) -> int:
         return SHARED_WAIT_BYTES if others_run else UNBOUNDED

@@ -21,7 +21,7 @@ def pins_all(store: Store) -> None:
     pinned = PinnedMemory(register, lambda start: 0)
     memory = store.memory()
     assert memory is not None
-    assert pinned.holds([memory])
+    assert pinned.pin(memory)
     put(store, chain(5))
     with store.acquire(chain(5)) as lease, store.reserve(chain(9)) as reservation:
         lease.wait()

@@ -58,6 +58,11 @@ class _Awaited:
         self.wait()
 
 
+def at_once(work: Callable[[], object]) -> None:
+    """For `PinnedMemory`: what others do aside."""
+    work()
+
+
 def emulated_copies(
     kv: Tensor,
     layout: BlockLayout,
@@ -72,7 +77,7 @@ def emulated_copies(
         layout,
         DmaCopies(pages, layout.block_tokens, runtime=runtime),
         KernelCopies(pages, layout.block_tokens, runtime=runtime),
-        pinned or PinnedMemory(lambda start, nbytes: 0, lambda start: 0),
+        pinned or PinnedMemory(lambda start, nbytes: 0, lambda start: 0, at_once),
         stream(),
         stream(),
     )

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
+from threading import enumerate as enumerate_threads
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from kvstore.layout import BlockLayout
 from kvstore.tiers.arena import Arena
 from kvstore.tiers.hbm_cuda import CudaCopies, CudaStream
 from tests.kernels.emulator import EmulatedRuntime
-from tests.tiers.emulated_copies import Later, emulated_copies
+from tests.tiers.emulated_copies import Later, at_once, emulated_copies
 
 LAYOUT = BlockLayout(layers=3, kv_heads=2, head_dim=8, block_tokens=4, dtype="bfloat16")
 BLOCKS = 9
@@ -104,7 +105,7 @@ def test_blocks_go_out_and_come_in(
 ) -> None:
     """Straight to pinned memory, and by way of other memory where it cannot be pinned."""
     driver = Driver(error)
-    copies = make(PinnedMemory(driver.register, driver.unregister))
+    copies = make(PinnedMemory(driver.register, driver.unregister, at_once))
     views = views_of(arena, 3)
     copies.copy_out([7, 0, 4], views).wait()
     before = kv.cpu().clone()
@@ -124,7 +125,7 @@ def test_layers_come_one_after_another(
     make: Callable[[PinnedMemory], CudaCopies], kv: Tensor, arena: Arena, error: int
 ) -> None:
     driver = Driver(error)
-    copies = make(PinnedMemory(driver.register, driver.unregister))
+    copies = make(PinnedMemory(driver.register, driver.unregister, at_once))
     views = views_of(arena, 2)
     copies.copy_out([5, 3], views).wait()
     before = kv.cpu().clone()
@@ -149,7 +150,7 @@ def test_blocks_that_are_too_large_for_the_kernels(kv: Tensor) -> None:
 
 def test_an_arena_is_pinned_once_and_let_go_before_it_is_unmapped() -> None:
     driver = Driver()
-    pinned = PinnedMemory(driver.register, driver.unregister)
+    pinned = PinnedMemory(driver.register, driver.unregister, at_once)
     arena, other = Arena(3 << 20), Arena(1 << 20)
     start = ctypes.addressof(ctypes.c_char.from_buffer(arena.buffer))
     for _ in range(3):
@@ -171,7 +172,7 @@ def test_an_arena_is_pinned_once_and_let_go_before_it_is_unmapped() -> None:
 def test_memory_that_is_gone_is_forgotten() -> None:
     """A new object may have the place, and the id, of one that is gone."""
     driver = Driver()
-    pinned = PinnedMemory(driver.register, driver.unregister)
+    pinned = PinnedMemory(driver.register, driver.unregister, at_once)
     for _ in range(20):
         arena = Arena(1 << 20)
         assert pinned.holds(views_of(arena, 1))
@@ -182,7 +183,7 @@ def test_memory_that_is_gone_is_forgotten() -> None:
 
 def test_other_memory_is_not_pinned() -> None:
     driver = Driver()
-    pinned = PinnedMemory(driver.register, driver.unregister)
+    pinned = PinnedMemory(driver.register, driver.unregister, at_once)
     assert not pinned.holds([memoryview(bytearray(100))])
     assert pinned.holds([])
     assert not driver.registered
@@ -191,7 +192,7 @@ def test_other_memory_is_not_pinned() -> None:
 def test_memory_that_somebody_else_has_pinned_is_not_counted_on() -> None:
     """They may end it while a copy is on its way, and it is theirs to end."""
     driver, arena = Driver(error=712), Arena(1 << 20)
-    pinned = PinnedMemory(driver.register, driver.unregister)
+    pinned = PinnedMemory(driver.register, driver.unregister, at_once)
     assert not pinned.holds(views_of(arena, 2))
     arena.close()
     gc.collect()
@@ -209,9 +210,9 @@ def test_engines_that_start_at_once_register_once() -> None:
         return driver.register(start, nbytes)
 
     def ask() -> None:
-        results.append(pinned.holds(views_of(arena, 1)))
+        results.append(pinned.pin(arena.buffer))
 
-    pinned = PinnedMemory(register, driver.unregister)
+    pinned = PinnedMemory(register, driver.unregister, at_once)
     second = Thread(target=ask)
     ask()
     second.join()
@@ -222,9 +223,52 @@ def test_engines_that_start_at_once_register_once() -> None:
     assert driver.ended_mapped == [True]
 
 
+def test_nobody_waits_for_memory_that_comes_later(
+    make: Callable[[PinnedMemory], CudaCopies], kv: Tensor, arena: Arena
+) -> None:
+    """The arena of a daemon that was started again: blocks go by way of other memory for now."""
+    driver, works = Driver(), list[Callable[[], object]]()
+    pinned = PinnedMemory(driver.register, driver.unregister, works.append)
+    copies, views = make(pinned), views_of(arena, 3)
+    for _ in range(2):
+        copies.copy_out([7, 0, 4], views).wait()
+        assert [bytes(view) for view in views] == reference.copy_out(kv.cpu(), [7, 0, 4], 4)
+        assert not driver.registered
+    if kv.device.type == "cpu":  # on a device it is the process's own
+        (work,) = works
+        work()
+        assert pinned.holds(views)
+        assert list(driver.registered.values()) == [1 << 20]
+
+
+def test_memory_is_not_unmapped_while_it_is_being_pinned() -> None:
+    driver, works = Driver(), list[Callable[[], object]]()
+    pinned = PinnedMemory(driver.register, driver.unregister, works.append)
+    arena = Arena(1 << 20)
+    assert not pinned.holds(views_of(arena, 1))
+    arena.close()
+    gc.collect()
+    works.pop()()
+    assert driver.ended_mapped == [True]
+    assert not driver.registered
+
+
+def test_pinning_aside() -> None:
+    driver, arena = Driver(), Arena(1 << 20)
+    pinned = PinnedMemory(driver.register, driver.unregister)
+    pinned.holds(views_of(arena, 1))
+    for thread in enumerate_threads():
+        if thread.name == "kvstore-pin":
+            thread.join()
+    assert pinned.holds(views_of(arena, 1))
+    arena.close()
+    gc.collect()
+    assert driver.ended_mapped == [True]
+
+
 def test_what_is_refused_is_said_once(caplog: pytest.LogCaptureFixture, arena: Arena) -> None:
     driver = Driver(error=2)
-    pinned = PinnedMemory(driver.register, driver.unregister)
+    pinned = PinnedMemory(driver.register, driver.unregister, at_once)
     for _ in range(3):
         assert not pinned.holds(views_of(arena, 2))
     assert len(caplog.records) == 1
