@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output: Path = given.output if is_whole else given.output / "partial"
     report.write(results, output / "latest.json")
     plots.draw(rows, output)
-    return 0 if results["ok"] else 1
+    return 1 if report.went_wrong(rows, unmeasured) else 0
 
 
 def _parser() -> argparse.ArgumentParser:

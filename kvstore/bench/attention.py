@@ -17,7 +17,7 @@ from kvstore.bench.benchmark import Bench
 from kvstore.bench.pages import block_tables, random_kv, shuffled
 from kvstore.bench.peers import Peer, contiguous, peers
 from kvstore.bench.rows import Row, Unmeasured
-from kvstore.bench.sizes import DecodeShape, pair_bytes
+from kvstore.bench.sizes import DecodeShape, pair_bytes, token_bytes
 from kvstore.bench.turns import Turn, medians
 from kvstore.kernels.paged_attention_cuda import DecodeWorkspace, decode
 from kvstore.kernels.write_kv_cuda import Rotation, write_kv
@@ -158,6 +158,8 @@ def measure_writes(bench: Bench) -> Iterator[Row | Unmeasured]:
     sizes, card, model = bench.sizes, bench.card, bench.sizes.model
     tokens = max(sizes.written_tokens)
     blocks = -(-tokens // sizes.block_tokens) * 4
+    slots_bytes = blocks * sizes.block_tokens * token_bytes(model, bench.dtype.itemsize)
+    bench.need(hbm_bytes=slots_bytes)
     kv = random_kv(model, blocks * sizes.block_tokens, model.layers, bench.dtype, card.device)
     angles = torch.randn(tokens, model.head_dim // 2, device=card.device)
     for count in sizes.written_tokens:

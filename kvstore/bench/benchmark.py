@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # Of the device: CUDA's own, a step's tensors, captured graphs, fragments.
 _HBM_SLACK_BYTES = 4 << 30
 _DISK_SLACK_BYTES = 256 << 20
+_DEVICE = "on the device"
 
 
 class Bench:
@@ -34,6 +35,7 @@ class Bench:
         self.card = card
         self.sizes = sizes
         self.directory = directory
+        self._free_bytes = card.free_bytes()  # before anything was measured
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,10 +47,13 @@ class Bench:
         return random_model(self.sizes.model, self.dtype, self.card.device)
 
     def need(self, *, hbm_bytes: int = 0, ram_bytes: int = 0, disk_bytes: int = 0) -> None:
-        """Raises NotHereError where there is not so much."""
+        """Raises NotHereError where there is not so much.
+
+        RuntimeError where the device had it, and what ran before did not give it back.
+        """
         slack_bytes = 0 if self.card.device.type == "cpu" else _HBM_SLACK_BYTES
         wanted = (
-            ("on the device", hbm_bytes + slack_bytes, self.card.free_bytes()),
+            (_DEVICE, hbm_bytes + slack_bytes, self.card.free_bytes()),
             ("of RAM", ram_bytes, memory_bytes()),
             (
                 f"on the drive of {self.directory}",
@@ -59,9 +64,15 @@ class Bench:
         asked = (hbm_bytes, ram_bytes, disk_bytes)
         for (place, bytes_wanted, there), given in zip(wanted, asked, strict=True):
             if given and bytes_wanted > there:
-                raise NotHereError(
-                    f"needs {format_size(bytes_wanted)} {place}; there are {format_size(there)}"
-                )
+                said = f"needs {format_size(bytes_wanted)} {place}; there are {format_size(there)}"
+                if place == _DEVICE and bytes_wanted + slack_bytes <= self._there_should_be():
+                    raise RuntimeError(f"{said}, since something before kept what it had")
+                raise NotHereError(said)
+
+    def _there_should_be(self) -> int:
+        """Bytes of the device when nobody but the model has any."""
+        weights = weight_count(self.sizes.model) if "model" in self.__dict__ else 0
+        return self._free_bytes - weights * self.dtype.itemsize
 
     def need_engine(self, *, hbm_bytes: int, ram_bytes: int = 0, disk_bytes: int = 0) -> None:
         """As `need`, for so much KV, and for the weights unless they are there."""
@@ -107,9 +118,7 @@ def _of_one(benchmark: Benchmark, bench: Bench) -> Iterator[Row | Unmeasured]:
         yield from benchmark.run(bench)
     except NotHereError as missing:
         yield Unmeasured(benchmark.name, "skipped", str(missing))
-    except torch.OutOfMemoryError as error:
-        yield Unmeasured(benchmark.name, "skipped", _one_line(error))
-    except Exception as error:
+    except Exception as error:  # no room as well: what a benchmark needs it has asked for
         log.debug("%s broke", benchmark.name, exc_info=True)
         yield Unmeasured(benchmark.name, "failed", f"{type(error).__name__}: {_one_line(error)}")
 

@@ -16,10 +16,17 @@ from kvstore.bench.rows import Row, Unmeasured
 FORMAT = 1
 
 
+def went_wrong(rows: Sequence[Row], unmeasured: Sequence[Unmeasured]) -> bool:
+    """Whether a bound was missed or something broke."""
+    missed = any(row.ok is False for row in rows)
+    return missed or any(each.outcome == "failed" for each in unmeasured)
+
+
 def document(
     rows: Sequence[Row], unmeasured: Sequence[Unmeasured], run: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What is written down. `ok`: every row that has a bound keeps it, and nothing failed.
+    """What is written down. `ok`: every row that has a bound keeps it, there is one, and
+    nothing failed.
 
     `run` says what was run how, and on what machine.
     """
@@ -27,7 +34,7 @@ def document(
     return {
         "format": FORMAT,
         **run,
-        "ok": all(judged) and not any(each.outcome == "failed" for each in unmeasured),
+        "ok": bool(judged) and not went_wrong(rows, unmeasured),
         "judged": len(judged),
         "rows": [row.to_json() for row in rows],
         "unmeasured": [each.to_json() for each in unmeasured],
@@ -69,7 +76,8 @@ def print_table(rows: Sequence[Row], unmeasured: Sequence[Unmeasured], console: 
         console.print(said, highlight=False, soft_wrap=True)
     failed = [row.name for row in rows if row.ok is False]
     judged = sum(row.ok is not None for row in rows)
-    console.print(f"{judged - len(failed)} of {judged} bounds kept", highlight=False)
+    kept = f"{judged - len(failed)} of {judged} bounds kept" if judged else "nothing was judged"
+    console.print(kept, highlight=False)
 
 
 _OUTCOMES = {"skipped": ("yellow", "not measured"), "failed": ("bold red", "failed")}

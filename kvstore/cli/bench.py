@@ -48,7 +48,8 @@ def gpu(names: tuple[str, ...], device: str, directory: Path, quick: bool, as_js
 
     NAME is one of copies, attention, decode, prompts, sessions, or one part of it;
     without any all are measured. With --json the table goes to stderr. Exits
-    with status 1 when a bound is missed or something broke, with 2 where there is no GPU.
+    with status 1 when a bound is missed, something broke, or nothing measured has a bound, with 2
+    where there is no GPU.
 
     \b
     kvstore bench gpu

@@ -24,7 +24,7 @@ class CpuCard:
 
     def __init__(self, runtime: Runtime | None, free_bytes: int = 1 << 50) -> None:
         self.runtime = runtime
-        self._free_bytes = free_bytes
+        self.free = free_bytes
         self.cleared = 0
 
     def seconds(self, work: Work) -> float:
@@ -47,7 +47,7 @@ class CpuCard:
         return as_it_is
 
     def free_bytes(self) -> int:
-        return self._free_bytes
+        return self.free
 
     def clear(self) -> None:
         self.cleared += 1

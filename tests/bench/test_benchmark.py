@@ -11,7 +11,7 @@ import torch
 
 from kvstore.bench.benchmark import Bench, Benchmark, measured
 from kvstore.bench.rows import NotHereError, Row, Unmeasured
-from kvstore.bench.sizes import TINY
+from kvstore.bench.sizes import TINY, weight_count
 from tests.bench.cpu_card import CpuCard
 
 ROW = Row("a", "g", 1.0, "GB/s")
@@ -34,7 +34,7 @@ def working(bench: Bench) -> Iterator[Row | Unmeasured]:
     [
         (RuntimeError("a\n bug"), "failed", "RuntimeError: a bug"),
         (NotHereError("no drive"), "skipped", "no drive"),
-        (torch.OutOfMemoryError("too small"), "skipped", "too small"),
+        (torch.OutOfMemoryError("a leak"), "failed", "OutOfMemoryError: a leak"),
     ],
 )
 def test_what_breaks_costs_its_own_rows_alone(
@@ -78,6 +78,18 @@ def test_what_there_is_no_room_for(
     small.need(hbm_bytes=1000, ram_bytes=1 << 20, disk_bytes=1 << 20)
     with pytest.raises(NotHereError, match=says):
         small.need(**needs)
+
+
+def test_what_was_there_and_is_not_given_back_is_a_failure(card: CpuCard, tmp_path: Path) -> None:
+    leaking = CpuCard(card.runtime, free_bytes=1 << 30)
+    small = Bench(leaking, TINY, tmp_path)
+    assert small.model is small.model  # the weights are there to stay
+    weights_bytes = 2 * weight_count(TINY.model)
+    leaking.free = 1000
+    with pytest.raises(NotHereError, match=r"there are 1000 B$"):
+        small.need(hbm_bytes=(1 << 30) - weights_bytes + 1)
+    with pytest.raises(RuntimeError, match="something before kept what it had"):
+        small.need(hbm_bytes=(1 << 30) - weights_bytes)
 
 
 def test_weights_count_until_they_are_there(card: CpuCard, tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ def test_one_missed_bound_spoils_the_run_and_information_does_not() -> None:
     assert (results["ok"], results["judged"]) == (False, 2)
 
 
+def test_a_run_in_which_nothing_was_judged_is_not_ok() -> None:
+    run = {"effort": "full", "machine": {}}
+    skipped = Unmeasured("copies", "skipped", "no room")
+    assert report.document([row(1.0, 10.0)], [skipped], run)["ok"] is False
+
+
 def test_a_benchmark_that_broke_spoils_the_run_and_one_that_is_skipped_does_not() -> None:
     kept, run = row(9.0, 10.0, at_least=0.5), {"effort": "full", "machine": {}}
     skipped, failed = (Unmeasured("vllm", "skipped", "no"), Unmeasured("ram", "failed", "a bug"))
