@@ -11,7 +11,7 @@ from kvstore.connectors.accounts import Accounts, ConnectorStats
 from kvstore.connectors.convert import Pages
 from kvstore.connectors.load import Leg, Load, Target
 from kvstore.connectors.shards import Run, find_runs, leading
-from kvstore.errors import LayoutError
+from kvstore.errors import LayoutError, RequestError
 from kvstore.hashing import Chain, TokenChain
 from kvstore.identity import Namespace
 from kvstore.layout import Shard
@@ -45,6 +45,15 @@ class Saved(NamedTuple):
     refused: int  # it had no room, or is away
 
 
+def check_store(store: object) -> None:
+    """Raises RequestError for what has no verbs: an address, for example."""
+    if not hasattr(store, "acquire"):
+        said = f"{store!r} is" if isinstance(store, str) else f"a {type(store).__name__} is"
+        raise RequestError(
+            f"{said} no store: give kvstore.connect(url) for a daemon, or kvstore.open(...)"
+        )
+
+
 class Connector:
     """Moves blocks of one namespace between a store and an engine's pages.
 
@@ -68,8 +77,9 @@ class Connector:
         `prefill` is the engine's measured cost of computing, which it keeps up to date: what
         would take longer to load than to compute is then left alone. Until it has been measured
         all that is found is loaded, in `deadline_s`. Connectors of one engine may share `accounts`.
-        Raises LayoutError for impossible heads.
+        Raises LayoutError for impossible heads, RequestError for what is no store.
         """
+        check_store(store)
         self.namespace = namespace
         self.heads = heads or namespace.layout.whole
         self.block_bytes = namespace.layout.shard_range(self.heads)[1]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,13 @@ import kvstore
 from kvstore.connectors.connector import DEADLINE_S
 from kvstore.errors import LayoutError, SettingsError
 from kvstore.identity import Namespace
+from kvstore.specs import specs
 from kvstore.verbs import Store
 
 BLOCK_TOKENS = 16
 WHERE = "kv_connector_extra_config"
 _OF_A_DAEMON = ("token", "ca", "certificate", "key")
+_OURS = ("url", *_OF_A_DAEMON, "salt", "block_tokens", "deadline_s", "namespace")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def read_options(given: Mapping[str, Any], where: str = WHERE) -> Options:
     if not isinstance(deadline_s, int | float) or not deadline_s > 0:
         raise SettingsError(f"{where}: deadline_s is {deadline_s!r}")
     namespace = _namespace(rest.pop("namespace", None), where)
+    _check_names(rest, where)
     if url and rest:
         raise SettingsError(
             f"{where}: {', '.join(rest)} is for a store of this process's own, "
@@ -64,6 +68,15 @@ def read_options(given: Mapping[str, Any], where: str = WHERE) -> Options:
             "as ram_bytes and nvme_path"
         )
     return Options(url, credentials, rest, block_tokens, salt, float(deadline_s), namespace)
+
+
+def _check_names(names: Iterable[str], where: str) -> None:
+    known = [spec.name for spec in specs()]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*_OURS, *known], n=1)
+            hint = f"; did you mean {near[0]}?" if near else f" (there are {', '.join(_OURS)})"
+            raise SettingsError(f"{where}: {name}: no such setting{hint}")
 
 
 def _namespace(given: object, where: str) -> Namespace | None:

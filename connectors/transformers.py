@@ -21,7 +21,7 @@ from transformers import LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 
 from kvstore.connectors.accounts import ConnectorStats
-from kvstore.connectors.connector import DEADLINE_S, Connector
+from kvstore.connectors.connector import DEADLINE_S, Connector, check_store
 from kvstore.connectors.convert import Pages
 from kvstore.connectors.page_layout import PageLayout
 from kvstore.connectors.transformers_model import check_arguments, namespace_of
@@ -69,8 +69,9 @@ class PrefixCache:
         `namespace`, of another engine with the very same weights and dtype, makes each find what
         the other has stored; that they are the same is then the caller's word. It must not be
         given for a model that is changed afterwards. `block_tokens` is then the namespace's, and
-        so is its salt, where none is given here.
+        so is its salt, where none is given here. Raises RequestError for what is no store.
         """
+        check_store(store)
         if namespace is not None:
             block_tokens = namespace.block_tokens
             if salt:

@@ -67,6 +67,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> None:
         """Raises SettingsError for settings that cannot be, and as the store's opening does."""
         super().__init__(vllm_config, role, kv_cache_config)
+        _log_beside_vllm()
         transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
         options = read_options(transfer.kv_connector_extra_config)
         if not options.url and parallel.distributed_executor_backend != "uni":
@@ -284,3 +285,13 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
 def _say_refused(why: str) -> None:
     log.warning("kvstore: running without it: %s", why)
+
+
+def _log_beside_vllm() -> None:
+    """What the store and its client say goes where vLLM's own lines go, in its form."""
+    ours, theirs = logging.getLogger("kvstore"), logging.getLogger("vllm")
+    if not ours.handlers:
+        for handler in theirs.handlers:
+            ours.addHandler(handler)
+        ours.setLevel(theirs.level)
+        ours.propagate = theirs.propagate

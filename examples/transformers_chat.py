@@ -3,8 +3,8 @@
     python examples/transformers_chat.py MODEL CACHE
 
 MODEL is a Hugging Face folder or name, such as HuggingFaceTB/SmolLM2-135M-Instruct; CACHE a
-directory for the KV, or the address of a daemon (unix:///...). Ask, end with Ctrl-D, start
-again and ask the same: what was read and said before is loaded and not computed.
+directory for the KV, or the address of a daemon (unix:///... or kvstore://...). Ask, end with
+Ctrl-D, start again and ask the same: what was read and said is loaded and not computed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvstore.connectors.transformers import PrefixCache
 
 
 def open_store(cache: str) -> kvstore.BlockStore | kvstore.StoreClient:
-    if cache.startswith("unix://"):
+    if "://" in cache:
         return kvstore.connect(cache)
     return kvstore.open(ram_bytes="256 MiB", nvme_path=cache, nvme_bytes="2 GiB")
 

@@ -52,4 +52,6 @@ def main(model: str, text: str, cache: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(f"{__doc__}")
     main(*sys.argv[1:])

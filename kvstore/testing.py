@@ -272,6 +272,7 @@ def check_damaged_blocks(make: MakeEngine) -> None:
         writer.put(tokens, kv_of(writer.namespace, tokens))
         with bench.store.acquire(TokenChain(writer.namespace, tokens).chain(2, 3)) as lease:
             lease.wait()
+            assert len(lease) == 1, "the third block of a prompt was not saved"
             (view,) = lease.views
             address = np.frombuffer(view, np.uint8).ctypes.data
             ctypes.memset(address, 1, view.nbytes)  # views are read-only, which is the point

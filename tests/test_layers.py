@@ -97,7 +97,9 @@ LAYERS = {
         "errors pure clock tier verbs machine settings tiers store client archive engine compose "
         "daemon public bench",
     ),
-    "connectors": Layer("connectors", "errors pure tier verbs kernels store client engine public"),
+    "connectors": Layer(
+        "connectors", "errors pure tier verbs settings kernels store client engine public"
+    ),
     "testing": Layer("testing", "errors pure verbs public"),
 }
 

@@ -110,6 +110,9 @@ def run(args: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as done:  # after --help and --version
         return done.exit_code
     except click.UsageError as error:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):  # `kvstore token` alone
+            print(error.message)
+            return BAD_INPUT
         path = error.ctx.command_path if error.ctx else "kvstore"
         return _fail(f"{error.format_message().rstrip('.')} (see {path} --help)", BAD_INPUT)
     except click.ClickException as error:

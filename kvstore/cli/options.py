@@ -23,7 +23,7 @@ FLAGS = {
     "engine.store": ("--store", "URL", "Use the cache of a daemon, such as unix:///path."),
     "engine.model": ("--model", "MODEL", "A Hugging Face folder, a .gguf file, or `smollm2`."),
     "engine.dtype": ("--dtype", "TYPE", "float32, bfloat16, float16, or auto."),
-    "engine.kv_dtype": ("--kv-dtype", "TYPE", "How KV is kept: fp8, int8, or auto."),
+    "engine.kv_dtype": ("--kv-dtype", "TYPE", "KV as fp8 or int8: half the room, other answers."),
     "engine.device": ("--device", "DEVICE", "What to compute on: cpu, cuda, or cuda:1."),
     "engine.hbm_bytes": ("--hbm-bytes", "SIZE", "KV that the engine keeps on its device."),
     "engine.block_tokens": ("--block-tokens", "N", "Tokens in a block."),

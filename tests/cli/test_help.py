@@ -15,6 +15,11 @@ def test_without_arguments_it_is_the_help(here: Callable[..., Done]) -> None:
     assert here() == here("--help")
 
 
+@pytest.mark.parametrize("group", ["token", "bench"])
+def test_a_group_without_a_command_shows_its_own(here: Callable[..., Done], group: str) -> None:
+    assert here(group) == Done(2, here(group, "--help").stdout, "")
+
+
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_defaults(here: Callable[..., Done], command: str) -> None:
     options = " ".join(here(command, "--help").stdout.split()).partition("Options:")[2]

@@ -18,7 +18,7 @@ from kvstore.connectors import transformers as connector
 from kvstore.connectors.accounts import Usage
 from kvstore.connectors.transformers import PrefixCache, cached_generate
 from kvstore.connectors.transformers_model import namespace_of
-from kvstore.errors import ModelError
+from kvstore.errors import ModelError, RequestError
 from kvstore.store import BlockStore
 from kvstore.verbs import Store
 from tests.connectors.models import KINDS, tiny, tiny_mla
@@ -346,6 +346,12 @@ def test_arguments_that_are_not_known_are_refused(
     ours = [record for record in caplog.records if record.name.startswith("kvstore")]
     assert len(ours) == 1
     assert ram_store.stats().ram["blocks"] == 0
+
+
+@pytest.mark.parametrize("store", ["unix:///run/kvstore.sock", None])
+def test_what_is_no_store_is_refused(store: Any) -> None:
+    with pytest.raises(RequestError, match="kvstore.connect"):
+        cached_generate(tiny(), prompt(10), store, max_new_tokens=1)
 
 
 def test_masks_with_holes_are_refused(ram_store: BlockStore) -> None:
