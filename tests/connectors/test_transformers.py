@@ -350,7 +350,7 @@ def test_arguments_that_are_not_known_are_refused(
 
 @pytest.mark.parametrize("store", ["unix:///run/kvstore.sock", None])
 def test_what_is_no_store_is_refused(store: Any) -> None:
-    with pytest.raises(RequestError, match="kvstore.connect"):
+    with pytest.raises(RequestError, match=r"kvstore\.connect"):
         cached_generate(tiny(), prompt(10), store, max_new_tokens=1)
 
 
