@@ -8,6 +8,10 @@ Then, by Little's law, as many sessions are served as come back in the time that
 Without a store what a session had is computed again at each turn, except for the sessions that
 HBM has room for, which are counted as if they cost nothing. With one, their blocks must lie
 somewhere below HBM: so many sessions need so much RAM or NVMe, which is said beside the figure.
+
+Several numbers at once are tried without a store, and each has its own pace and its own p95. The
+best that a store does at this p95 is set against each, and the least of these factors counts.
+It depends on how long answers are, which take as long with a store as without: two lengths.
 """
 
 from __future__ import annotations
@@ -45,9 +49,9 @@ def percentile_95(values: Sequence[float]) -> float:
     return sorted(values)[-(-95 * len(values) // 100) - 1]
 
 
-def best(paces: Sequence[Pace], p95_s: float | None = None) -> Pace | None:
+def best(paces: Sequence[Pace], p95_s: float) -> Pace | None:
     """The one with the most turns, of those with at most `p95_s` between tokens."""
-    alike = [pace for pace in paces if p95_s is None or pace.p95_s <= p95_s]
+    alike = [pace for pace in paces if pace.p95_s <= p95_s]
     return max(alike, key=lambda pace: pace.turns_per_s, default=None)
 
 
@@ -72,7 +76,7 @@ def measure(bench: Bench) -> Iterator[Row | Unmeasured]:
     contexts = [
         fresh_tokens(
             sizes.model.vocab_size,
-            sizes.session_tokens - sizes.question_tokens - sizes.answer_tokens,
+            sizes.session_tokens - sizes.question_tokens - min(sizes.answer_tokens),
         )
         for _ in range(sizes.sessions)
     ]
@@ -84,14 +88,14 @@ def measure(bench: Bench) -> Iterator[Row | Unmeasured]:
         for first in range(0, len(contexts), _FILL_AT_ONCE):
             on.generate(contexts[first : first + _FILL_AT_ONCE], answer_of(1))
         turns_off, turns_on = _Turns(off, contexts, sizes), _Turns(on, contexts, sizes)
-        paces_off, paces_on = [], []
-        for at_once in sizes.at_once:
-            paces_off.append(turns_off.pace(at_once))
-            paces_on.append(turns_on.pace(at_once))
-        loaded = on.stats().counters.get("loaded_blocks", 0)
-    if not loaded:
-        raise RuntimeError("no block was loaded")
-    yield from _rows(sizes, paces_off, paces_on, session_bytes)
+        for answer_tokens in sizes.answer_tokens:
+            paces_off, paces_on = [], []
+            for at_once in sizes.at_once:
+                paces_off.append(turns_off.pace(at_once, answer_tokens))
+                paces_on.append(turns_on.pace(at_once, answer_tokens))
+            if not on.stats().counters.get("loaded_blocks", 0):
+                raise RuntimeError("no block was loaded")
+            yield from _rows(sizes, answer_tokens, paces_off, paces_on, session_bytes)
 
 
 class _Turns:
@@ -103,8 +107,8 @@ class _Turns:
         self._next = cycle(contexts)
         self._latest: dict[int, float | None] = {}  # requests, and when their last token came
 
-    def pace(self, at_once: int) -> Pace:
-        """Answer so many sessions at once, for as long as the sizes say.
+    def pace(self, at_once: int, answer_tokens: int) -> Pace:
+        """Answer so many sessions at once, each at such length, for as long as the sizes say.
 
         Counting begins when as many turns are over as were begun at the same moment.
         """
@@ -113,7 +117,7 @@ class _Turns:
         began_s = end_s = 0.0
         while not end_s or time.perf_counter() < end_s:
             while len(self._latest) < at_once:
-                self._ask()
+                self._ask(answer_tokens)
             over += self._step(gaps)
             if not end_s and over >= at_once:
                 began_s, counted_from = time.perf_counter(), over
@@ -129,12 +133,11 @@ class _Turns:
             raise RuntimeError(f"no turn was over within {taken_s:.1f} s")
         return Pace(at_once, (over - counted_from) / taken_s, percentile_95(gaps))
 
-    def _ask(self) -> None:
+    def _ask(self, answer_tokens: int) -> None:
         sizes = self._sizes
         question = fresh_tokens(sizes.model.vocab_size, sizes.question_tokens)
-        request = self._engine.add_request(
-            next(self._next) + question, answer_of(sizes.answer_tokens)
-        )
+        context = next(self._next)[: sizes.session_tokens - sizes.question_tokens - answer_tokens]
+        request = self._engine.add_request(context + question, answer_of(answer_tokens))
         self._latest[request] = None
 
     def _step(self, gaps: list[float]) -> int:
@@ -153,53 +156,65 @@ class _Turns:
 
 
 def _rows(
-    sizes: Sizes, paces_off: Sequence[Pace], paces_on: Sequence[Pace], session_bytes: int
+    sizes: Sizes,
+    answer_tokens: int,
+    paces_off: Sequence[Pace],
+    paces_on: Sequence[Pace],
+    session_bytes: int,
 ) -> Iterator[Row | Unmeasured]:
-    off = best(paces_off)
-    on = None if off is None else best(paces_on, off.p95_s)
-    if off is None or on is None:
-        each = ", ".join(f"{pace.p95_s * 1e3:.0f} ms at {pace.at_once}" for pace in paces_on)
-        limit = "none" if off is None else f"{off.p95_s * 1e3:.0f} ms"
-        yield Unmeasured(
-            "sessions",
-            "failed",
-            f"with offload no pace keeps the p95 between tokens of the best without, {limit}: "
-            f"it was {each}",
-        )
-        return
-    context = f"{sizes.session_tokens:,}-token sessions"
+    """Of the pace without offload that offload does least for; only the first length is judged."""
     resident = sizes.session_hbm_bytes // session_bytes
-    without = served(off.turns_per_s, sizes.think_s, resident)
+    compared: list[tuple[float, Pace, Pace]] = []
+    for off in paces_off:
+        on = best(paces_on, off.p95_s)
+        if on is None:
+            yield _too_uneven(answer_tokens, off, paces_on)
+            return
+        without = served(off.turns_per_s, sizes.think_s, resident)
+        compared.append((served(on.turns_per_s, sizes.think_s) / without, off, on))
+    _, off, on = min(compared)
+    context, answers = f"{sizes.session_tokens:,}-token sessions", f"{answer_tokens}-token answers"
     value = served(on.turns_per_s, sizes.think_s)
     below = format_size(int(value) * session_bytes)
+    each = ", ".join(f"{factor:.1f} at {pace.at_once}" for factor, pace, _ in compared)
     yield Row(
-        name=f"{context} served with offload",
+        name=f"{context} served with offload, {answers}",
         group="sessions",
         value=value,
         unit="sessions",
-        ceiling=without,
+        ceiling=served(off.turns_per_s, sizes.think_s, resident),
         against=f"without, at the same p95 between tokens; {format_size(sizes.session_hbm_bytes)} "
         f"of KV, {sizes.think_s:.0f} s of thinking",
-        at_least=AT_LEAST,
+        at_least=AT_LEAST if answer_tokens == sizes.answer_tokens[0] else None,
         note=f"turns a second times {sizes.think_s:.0f} s, and without offload {resident} more, "
-        f"which HBM holds; {len(paces_on)} paces of {sizes.session_run_s:g} s each, "
-        f"{sizes.sessions} sessions in turn; so many sessions need {below} below HBM",
+        f"which HBM holds; times without, by how many are answered at once there: {each}, of which "
+        f"the least counts; {sizes.session_run_s:g} s each, {sizes.sessions} sessions in turn; "
+        f"so many sessions need {below} below HBM",
     )
     yield Row(
-        name=f"turns of {context} with offload",
+        name=f"turns of {context} with offload, {answers}",
         group="sessions",
         value=on.turns_per_s,
         unit="turns/s",
         ceiling=off.turns_per_s,
         against=f"without; {on.at_once} and {off.at_once} at once, {sizes.question_tokens} tokens "
-        f"asked and {sizes.answer_tokens} answered",
+        "asked",
     )
     yield Row(
-        name="p95 between tokens with offload, at that pace",
+        name=f"p95 between tokens with offload, at that pace, {answers}",
         group="sessions",
         value=on.p95_s * 1e3,
         unit="ms",
         ceiling=off.p95_s * 1e3,
-        against="without, at its best pace",
-        at_most=1.0,
+        against="without, at the pace that it is set against",
+    )
+
+
+def _too_uneven(answer_tokens: int, off: Pace, paces_on: Sequence[Pace]) -> Unmeasured:
+    each = ", ".join(f"{pace.p95_s * 1e3:.0f} ms at {pace.at_once}" for pace in paces_on)
+    return Unmeasured(
+        f"sessions, {answer_tokens}-token answers",
+        "failed",
+        f"with offload no pace keeps the p95 between tokens that there is without at "
+        f"{off.at_once}, {off.p95_s * 1e3:.0f} ms: it was {each}",
     )

@@ -64,7 +64,7 @@ class Sizes:
     session_hbm_bytes: int
     sessions: int  # that take turns: more than HBM has room for
     question_tokens: int
-    answer_tokens: int
+    answer_tokens: tuple[int, ...]  # lengths of answers; the first is the one that is judged
     at_once: tuple[int, ...]  # sessions that are answered at the same time
     session_run_s: float
     think_s: float
@@ -116,7 +116,7 @@ FULL = Sizes(
     block_tokens=16,
     rounds=7,
     engine_rounds=5,
-    time_limit_s=360,
+    time_limit_s=300,
     copy_bytes=GiB,
     copy_block_tokens=(16, 64, 256),
     decode_shapes=(DecodeShape(64, 4096), DecodeShape(8, 32_768)),
@@ -139,9 +139,9 @@ FULL = Sizes(
     session_hbm_bytes=20 * GiB,
     sessions=32,
     question_tokens=32,
-    answer_tokens=32,
+    answer_tokens=(32, 128),
     at_once=(4, 8, 16),
-    session_run_s=10.0,
+    session_run_s=8.0,
     think_s=60.0,
 )
 TINY = Sizes(
@@ -173,7 +173,7 @@ TINY = Sizes(
     session_hbm_bytes=1 * MiB,
     sessions=12,
     question_tokens=8,
-    answer_tokens=8,
+    answer_tokens=(8, 16),
     at_once=(1, 2),
     session_run_s=0.2,
     think_s=60.0,
