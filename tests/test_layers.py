@@ -73,7 +73,9 @@ LAYERS = {
     "settings": Layer("settings specs sources", "errors pure machine"),
     "kernels": Layer("kernels", "errors pure"),
     "tiers": Layer("tiers", "errors pure clock tier machine"),
-    "hbm": Layer("tiers.hbm tiers.hbm_copies tiers.hbm_cuda", "errors pure kernels tiers"),
+    "hbm": Layer(
+        "tiers.hbm tiers.hbm_copies tiers.hbm_cuda tiers.hbm_staging", "errors pure kernels tiers"
+    ),
     "store": Layer(
         "store below hub lease reservation promotion demotion background transfer errands lookup "
         "ending feed measures store_inventory",

@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvstore.errors import SettingsError
-from kvstore.kernels.block_copy_cuda import LIMIT, Buffers, KernelCopies, addresses
+from kvstore.kernels.block_copy_cuda import LIMIT, Buffer, KernelCopies, addresses
 from kvstore.kernels.block_copy_dma import BlockCopies, DmaCopies, fastest
 from kvstore.kernels.paged_tensors import PagedTensors, paged, runs_of
 from kvstore.kernels.pinned_memory import PINNED, PinnedMemory
 from kvstore.layout import BlockLayout
-from kvstore.tiers.hbm_copies import OVER, UNBOUNDED, CopyEvent, Gates
+from kvstore.tiers.hbm_copies import UNBOUNDED, CopyEvent, Gates
+from kvstore.tiers.hbm_staging import Staging
 
 # While others decode they may wait for so much, layer by layer: less than a millisecond.
 SHARED_WAIT_BYTES = 32 << 20
@@ -32,7 +32,10 @@ class SideStream(Protocol):
     """A queue of the device's beside the one on which it computes."""
 
     def run(self, copy: Callable[[], None]) -> CopyEvent:
-        """Do what `copy` starts after all that was computed before. Does not wait."""
+        """Do what `copy` starts after all that was computed before. Does not wait.
+
+        Where `copy` raises, nothing of the stream's is under way any more when this does.
+        """
         ...
 
 
@@ -62,15 +65,18 @@ class CudaStream:
     def run(self, copy: Callable[[], None]) -> CopyEvent:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            copy()
+            try:
+                copy()
+            except BaseException:
+                self._stream.synchronize()  # the memory of what was started will be let go of
+                raise
         return _CudaEvent(self._stream.record_event(), self._device)
 
 
 class CudaCopies:
     """Copies of one KV tensor's blocks to and from pinned memory. Belongs to the engine's loop.
 
-    Memory that cannot be pinned is copied by way of memory that is, and then a copy is over
-    when it has been started.
+    Memory that cannot be pinned, or is not yet, is copied by way of memory that is.
     """
 
     step_bytes = UNBOUNDED
@@ -93,6 +99,9 @@ class CudaCopies:
         self._pinned = pinned
         self._outward = outward
         self._inward = inward
+        device = pages.views[0].device
+        self._staged_out = Staging(layout.block_bytes, device)
+        self._staged_in = Staging(layout.block_bytes, device)
 
     @classmethod
     def over(cls, kv: Tensor, layout: BlockLayout) -> CudaCopies:
@@ -120,15 +129,10 @@ class CudaCopies:
         return SHARED_WAIT_BYTES if others_run else UNBOUNDED
 
     def copy_out(self, blocks: Sequence[int], views: Sequence[memoryview]) -> CopyEvent:
-        runs = runs_of(blocks, self._layout.block_tokens)
-        if self._pinned.holds(views):
-            where = addresses(views, self._layout.block_bytes, self._pages, out=True)
-            return self._outward.run(partial(self._copies.copy_out, runs, where))
-        staged = self._staging(len(views))
-        self._outward.run(partial(self._copies.copy_out, runs, list(staged))).wait()
-        for view, content in zip(views, staged.numpy(), strict=True):
-            view[:] = content.data
-        return OVER
+        if not self._pinned.holds(views):
+            return self._staged_out.copy_out(blocks, views, self._start_out)
+        (event,) = self._start_out(blocks, views)
+        return event
 
     def copy_in(self, blocks: Sequence[int], views: Sequence[memoryview]) -> CopyEvent:
         (event,) = self._copy_in(self._copies, blocks, views, [range(self._layout.layers)])
@@ -146,26 +150,28 @@ class CudaCopies:
         views: Sequence[memoryview],
         parts: Sequence[range],
     ) -> Gates:
+        start = partial(self._start_in, copies, parts)
+        if self._pinned.holds(views):
+            return start(blocks, views)
+        return self._staged_in.copy_in(blocks, views, start)
+
+    def _start_out(self, blocks: Sequence[int], buffers: Sequence[Buffer]) -> Gates:
         runs = runs_of(blocks, self._layout.block_tokens)
-        where: Buffers
-        if is_pinned := self._pinned.holds(views):
-            where = addresses(views, self._layout.block_bytes, self._pages, out=False)
-        else:
-            staged = self._staging(len(views))
-            for content, view in zip(staged.numpy(), views, strict=True):
-                content[:] = np.frombuffer(view, np.uint8)
-            where = list(staged)
-        events = [
+        where = addresses(buffers, self._layout.block_bytes, self._pages, out=True)
+        return [self._outward.run(partial(self._copies.copy_out, runs, where))]
+
+    def _start_in(
+        self,
+        copies: BlockCopies,
+        parts: Sequence[range],
+        blocks: Sequence[int],
+        buffers: Sequence[Buffer],
+    ) -> Gates:
+        runs = runs_of(blocks, self._layout.block_tokens)
+        where = addresses(buffers, self._layout.block_bytes, self._pages, out=False)
+        return [
             self._inward.run(partial(copies.copy_in, runs, where, layers=part)) for part in parts
         ]
-        if is_pinned:
-            return events
-        events[-1].wait()
-        return [OVER] * len(parts)
-
-    def _staging(self, blocks: int) -> Tensor:
-        """[blocks, block_bytes] of memory that the device can reach."""
-        return _reachable(self._pages, blocks * self._layout.block_bytes).view(blocks, -1)
 
 
 def _reachable(pages: PagedTensors, nbytes: int) -> Tensor:
