@@ -36,11 +36,16 @@ NAMES = {
     "decode/graphs": [f"decode steps with CUDA graphs, batch {batch}" for batch in (1, 3)],
     "decode/offload": ["decode with offload, batch 3"],
     "prompts/ram": [
-        f"TTFT of 512 tokens, {how}" for how in ("computed", "from RAM", "leading half from RAM")
+        f"TTFT of 512 tokens, {how}"
+        for how in (
+            "computed without a store",
+            "from RAM",
+            "leading half from RAM and then the rest computed",
+        )
     ],
     "prompts/nvme": [
         "TTFT of 512 tokens, from NVMe",
-        "TTFT of 512 tokens, loaded from NVMe and computed at once",
+        "TTFT of 512 tokens, from NVMe or computed, as the engine chooses",
     ],
 }
 
