@@ -18,6 +18,7 @@ from kvstore.errors import LayoutError
 from kvstore.kernels.block_copy_cuda import (
     BlockFormat,
     Buffers,
+    KernelCopies,
     addresses,
     checked_runs,
     part_of,
@@ -26,6 +27,7 @@ from kvstore.kernels.cuda_module import Rows, Runtime, runtime_of
 from kvstore.kernels.paged_tensors import PagedTensors, steps
 
 REPEATS = 5
+MAX_PITCH_BYTES = (1 << 31) - 1  # of all CUDA devices so far (cudaDevAttrMaxPitch)
 
 
 class BlockCopies(Protocol):
@@ -54,7 +56,7 @@ class DmaCopies:
     """Copies of bits by DMA, on torch's current stream. See `KernelCopies` for who owns what.
 
     For pages like the HBM tier's: the tokens of a page are contiguous in a head, and all layers
-    of K and V lie at one distance.
+    of K and V lie at one distance, which is less than 2 GiB.
     """
 
     def __init__(
@@ -73,6 +75,11 @@ class DmaCopies:
         dense = all(steps(view)[2:] in ((pages.shape[3], 1), (0, 1)) for view in pages.views[:2])
         if self._pitch <= 0 or not even or not dense:
             raise LayoutError("DMA needs dense pages and layers at one distance; use the kernel")
+        if self._pitch > MAX_PITCH_BYTES:
+            raise LayoutError(
+                f"DMA takes {MAX_PITCH_BYTES} bytes from K of a layer to its V, "
+                f"not {self._pitch}; use the kernel"
+            )
 
     def copy_out(
         self,
@@ -172,6 +179,14 @@ def measured(copies: BlockCopies, runs: Sequence[int], buffers: Buffers) -> Meas
             if turn:  # the first one compiles
                 times[way].append(begin.elapsed_time(end) / 1e3)
     return Measured(copies, median(times["out"]), median(times["in"]))
+
+
+def ways_of(kernel: KernelCopies, *, runtime: Runtime | None = None) -> list[BlockCopies]:
+    """`kernel`, and DMA if it can copy the kernel's pages as they lie."""
+    try:
+        return [kernel, DmaCopies(kernel.pages, kernel.format.block_tokens, runtime=runtime)]
+    except LayoutError:
+        return [kernel]
 
 
 def fastest(ways: Sequence[BlockCopies], runs: Sequence[int], buffers: Buffers) -> Measured:

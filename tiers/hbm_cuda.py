@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvstore.errors import SettingsError
 from kvstore.kernels.block_copy_cuda import LIMIT, Buffer, KernelCopies, addresses
-from kvstore.kernels.block_copy_dma import BlockCopies, DmaCopies, fastest
+from kvstore.kernels.block_copy_dma import BlockCopies, fastest, ways_of
 from kvstore.kernels.paged_tensors import PagedTensors, paged, runs_of
 from kvstore.kernels.pinned_memory import PINNED, PinnedMemory
 from kvstore.layout import BlockLayout
@@ -181,7 +181,6 @@ def _reachable(pages: PagedTensors, nbytes: int) -> Tensor:
 
 def _fastest(pages: PagedTensors, layout: BlockLayout, kernel: KernelCopies) -> BlockCopies:
     """By kernel or by DMA: whichever is faster for blocks of this size on this device."""
-    ways: list[BlockCopies] = [kernel, DmaCopies(pages, layout.block_tokens)]
     count = min(pages.shape[0], max(1, MEASURED_BYTES // layout.block_bytes))
     buffers = list(_reachable(pages, count * layout.block_bytes).view(count, -1))
-    return fastest(ways, runs_of(range(count), layout.block_tokens), buffers).copies
+    return fastest(ways_of(kernel), runs_of(range(count), layout.block_tokens), buffers).copies

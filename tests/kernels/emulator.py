@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvstore.kernels.block_copy_dma import MAX_PITCH_BYTES
 from kvstore.kernels.cuda_module import Rows
 
 HERE = Path(__file__).parent
@@ -73,7 +74,8 @@ class EmulatedRuntime:
             raise EmulatorError(f"{kernel}: {fault.decode()}")
 
     def copy_rows(self, target: Rows, source: Rows, width_bytes: int, rows: int) -> None:
-        if not 0 < width_bytes <= min(target.pitch_bytes, source.pitch_bytes):
+        pitches = target.pitch_bytes, source.pitch_bytes
+        if not 0 < width_bytes <= min(pitches) <= max(pitches) <= MAX_PITCH_BYTES:
             raise EmulatorError(f"rows of {width_bytes} bytes, {target} from {source}")
         for to, from_ in zip(target.addresses, source.addresses, strict=True):
             for row in range(rows):

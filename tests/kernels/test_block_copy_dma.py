@@ -12,7 +12,7 @@ from kvstore.connectors.page_views import page_views
 from kvstore.errors import LayoutError
 from kvstore.kernels import block_copy_reference as reference
 from kvstore.kernels.block_copy_cuda import KernelCopies
-from kvstore.kernels.block_copy_dma import BlockCopies, DmaCopies, fastest
+from kvstore.kernels.block_copy_dma import BlockCopies, DmaCopies, fastest, ways_of
 from kvstore.kernels.cuda_module import Runtime, runtime_of
 from kvstore.kernels.paged_tensors import paged, runs_of
 from tests.kernels.copying import Case, Memory, on_device, random_case
@@ -83,6 +83,24 @@ def refused(order: str, layers: int, any_runtime: Runtime) -> None:
     tensors = [tensor.to(any_runtime.device_type) for tensor in case.tensors()]
     with pytest.raises(LayoutError, match="use the kernel"):
         DmaCopies(page_views(layout, tensors), 4, runtime=any_runtime)
+
+
+def test_layers_as_far_apart_as_they_may_be(any_runtime: Runtime) -> None:
+    """Of a large KV tensor; nearly none of its memory is touched."""
+    far = (1 << 31) // 256
+    for slots, there_is in ((far - 16, 2), (far, 1)):
+        kv = torch.empty(1, 1, 2, slots, 128, dtype=torch.float16, device=any_runtime.device_type)
+        kernel = KernelCopies(paged(kv, 16), 16, runtime=any_runtime)
+        ways = ways_of(kernel, runtime=any_runtime)
+        assert len(ways) == there_is
+        source = torch.randn(2, 16, 128).half()
+        kv[0, 0, :, -16:] = source
+        for way in ways:
+            memory = Memory(any_runtime)
+            way.copy_out([slots - 16], [memory.buffer(bytes(source.nbytes))])
+            assert memory.contents() == [reference.raw(source)]
+    with pytest.raises(LayoutError, match="not 2147483648; use the kernel"):
+        DmaCopies(kernel.pages, 16, runtime=any_runtime)
 
 
 @pytest.mark.gpu
