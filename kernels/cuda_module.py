@@ -60,6 +60,10 @@ class Runtime(Protocol):
         """
         ...
 
+    def resident_blocks(self, source: str, kernel: str, threads: int, shared_bytes: int) -> int:
+        """How many thread blocks of `kernel` the device runs at once. Raises KernelError."""
+        ...
+
     def copy_rows(self, target: Rows, source: Rows, width_bytes: int, rows: int) -> None:
         """Start a copy from each of `source` to its `target`: `rows` rows of `width_bytes`."""
         ...
@@ -98,6 +102,7 @@ class CudaRuntime:
         self._index = index
         self._arch = f"sm_{major}{minor}"
         self._kernels: dict[tuple[str, str], Any] = {}
+        self._resident: dict[tuple[str, str, int, int], int] = {}
 
     def launch(
         self,
@@ -110,11 +115,15 @@ class CudaRuntime:
     ) -> None:
         with torch.cuda.device(self._index):
             stream = _Stream(torch.cuda.current_stream(self._index).cuda_stream)
-            function = self._kernels.get((source, kernel)) or self._load(source, kernel)
-            # Less than 48 KiB unless one asks for more.
-            if shared_bytes and shared_bytes > function.max_dynamic_shared_size_bytes:
-                function.max_dynamic_shared_size_bytes = shared_bytes
+            function = self._function(source, kernel, shared_bytes)
             function(grid, block, tuple(args), shared_mem=shared_bytes, stream=stream)
+
+    def resident_blocks(self, source: str, kernel: str, threads: int, shared_bytes: int) -> int:
+        asked = source, kernel, threads, shared_bytes
+        if asked not in self._resident:
+            with torch.cuda.device(self._index):
+                self._resident[asked] = self._fitting_blocks(*asked)
+        return self._resident[asked]
 
     def copy_rows(self, target: Rows, source: Rows, width_bytes: int, rows: int) -> None:
         from cupy.cuda import runtime
@@ -127,6 +136,25 @@ class CudaRuntime:
                     to, target.pitch_bytes, from_, source.pitch_bytes,
                     width_bytes, rows, kind, stream,
                 )  # fmt: skip
+
+    def _fitting_blocks(self, source: str, kernel: str, threads: int, shared_bytes: int) -> int:
+        from cupy.cuda import driver
+
+        function = self._function(source, kernel, shared_bytes)
+        each: int = driver.occupancyMaxActiveBlocksPerMultiprocessor(
+            function.kernel.ptr, threads, shared_bytes
+        )
+        if not each:
+            raise KernelError(f"{kernel} with {threads} threads does not fit into {self._arch}")
+        return each * int(torch.cuda.get_device_properties(self._index).multi_processor_count)
+
+    def _function(self, source: str, kernel: str, shared_bytes: int) -> Any:
+        """Ready to be launched with so much dynamic shared memory."""
+        function = self._kernels.get((source, kernel)) or self._load(source, kernel)
+        # Less than 48 KiB unless one asks for more.
+        if shared_bytes and shared_bytes > function.max_dynamic_shared_size_bytes:
+            function.max_dynamic_shared_size_bytes = shared_bytes
+        return function
 
     def _load(self, source: str, kernel: str) -> Any:
         import cupy

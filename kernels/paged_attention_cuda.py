@@ -31,8 +31,6 @@ TILE = 16
 HEADS = 8
 MAX_CHUNKS = 32
 MIN_AHEAD_BYTES = 6144
-# Blocks that are to run on a multiprocessor at once; kv_tiles.cuh divides shared memory by it.
-BLOCKS_PER_SM = 3
 
 
 class DecodeWorkspace:
@@ -53,7 +51,7 @@ class DecodeWorkspace:
     ) -> None:
         floats = batch * heads * MAX_CHUNKS * (head_dim + 2)
         self.memory = torch.empty(floats, dtype=torch.float32, device=device)
-        self.blocks = blocks or BLOCKS_PER_SM * _multiprocessors(self.memory.device)
+        self.blocks = blocks
 
 
 def decode(
@@ -116,11 +114,15 @@ def _start_chunks(
 ) -> None:
     batch, heads, head_dim = query.shape
     kv_heads, layers, _, slots, _ = kv.shape
+    kernel = f"paged_attention<{element_name(kv)}, {element_name(query)}, {head_dim}>"
+    threads = 32 * WARPS
+    shared_bytes = _ring_bytes(head_dim * kv.element_size()) + 4 * batch
+    blocks = workspace.blocks or runtime.resident_blocks(SOURCE, kernel, threads, shared_bytes)
     runtime.launch(
         SOURCE,
-        f"paged_attention<{element_name(kv)}, {element_name(query)}, {head_dim}>",
-        (workspace.blocks,),
-        (32 * WARPS,),
+        kernel,
+        (blocks,),
+        (threads,),
         (
             address(query),
             np.int64(query.stride(0)),
@@ -139,7 +141,7 @@ def _start_chunks(
             np.int32(heads // kv_heads),
             np.int32(block_tokens),
         ),
-        shared_bytes=_ring_bytes(head_dim * kv.element_size()) + 4 * batch,
+        shared_bytes,
     )
 
 
@@ -191,10 +193,3 @@ def _ring_bytes(row_bytes: int) -> int:
     pitch = (row_bytes // 16 | 1) * 16
     tiles_ahead = (MIN_AHEAD_BYTES - 1) // (2 * TILE * row_bytes) + 1
     return WARPS * (tiles_ahead + 1) * 2 * TILE * pitch
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count

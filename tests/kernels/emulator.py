@@ -73,6 +73,9 @@ class EmulatedRuntime:
         if fault:
             raise EmulatorError(f"{kernel}: {fault.decode()}")
 
+    def resident_blocks(self, source: str, kernel: str, threads: int, shared_bytes: int) -> int:
+        return 3  # what runs at once, one after another
+
     def copy_rows(self, target: Rows, source: Rows, width_bytes: int, rows: int) -> None:
         pitches = target.pitch_bytes, source.pitch_bytes
         if not 0 < width_bytes <= min(pitches) <= max(pitches) <= MAX_PITCH_BYTES:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from kvstore.errors import KernelError
 from kvstore.kernels import reference
-from kvstore.kernels.cuda_module import Runtime
+from kvstore.kernels.cuda_module import CudaRuntime, Runtime
 from kvstore.kernels.paged_attention_cuda import HEAD_DIMS, KV_DTYPES, DecodeWorkspace, decode
 from tests.kernels.emulator import EmulatedRuntime
 
@@ -228,6 +230,48 @@ def test_a_larger_workspace_serves_smaller_batches(runtime: Runtime) -> None:
     assert torch.equal(out, case.run(runtime))
 
 
+def test_as_many_blocks_share_the_work_as_the_device_runs_at_once(compiled: Path) -> None:
+    class Small(EmulatedRuntime):
+        """Says how many of what fit, and notes what is launched."""
+
+        def resident_blocks(self, source: str, kernel: str, threads: int, shared_bytes: int) -> int:
+            self.asked = kernel, threads, shared_bytes
+            return 5
+
+        def launch(
+            self,
+            source: str,
+            kernel: str,
+            grid: tuple[int, ...],
+            block: tuple[int, ...],
+            args: Sequence[np.generic],
+            shared_bytes: int = 0,
+        ) -> None:
+            if shared_bytes:
+                assert (kernel, *block, shared_bytes) == self.asked
+                self.grid = grid
+            super().launch(source, kernel, grid, block, args, shared_bytes)
+
+    runtime = Small(compiled)
+    case = a_case("cpu", (600, 20), head_dim=64)
+    out = case.run(runtime, blocks=None)
+    assert runtime.grid == (5,)
+    assert torch.equal(out, case.run(runtime, blocks=2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_blocks_fill_the_device(head_dim: int) -> None:
+    """One or two more a multiprocessor would wait until others are through with all they have."""
+    case = a_case("cuda", (600, 20), head_dim=head_dim)
+    runtime = CudaRuntime()
+    assert torch.equal(case.run(runtime, blocks=None), case.run(runtime, blocks=2))
+    ((_, blocks),) = runtime._resident.items()
+    each, rest = divmod(blocks, torch.cuda.get_device_properties(0).multi_processor_count)
+    assert not rest
+    assert 1 <= each <= 16
+
+
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)])
 def test_batches_of_nothing(lengths: tuple[int, ...], runtime: Runtime) -> None:
     case = a_case(runtime.device_type, (20,))
@@ -306,16 +350,12 @@ def test_tensors_on_a_cpu_need_another_runtime() -> None:
 @pytest.mark.parametrize("dtype", KV_DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [(131_072,), (32_768, 1, 131_071, 5_000, 0, 70_000)])
 def test_contexts_up_to_128_ki(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
-    from kvstore.kernels.cuda_module import CudaRuntime
-
     case = a_case("cuda", lengths, dtype=dtype)
     assert worst_error(case.run(CudaRuntime(), blocks=None), case.expected()) < EXACT
 
 
 @pytest.mark.gpu
 def test_replayed_by_a_cuda_graph_with_other_lengths() -> None:
-    from kvstore.kernels.cuda_module import CudaRuntime
-
     case = a_case("cuda", (3000, 40, 600, 1))
     workspace = DecodeWorkspace(4, 8, 128, "cuda")
     out = torch.full_like(case.query, NAN)
