@@ -12,7 +12,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
@@ -26,6 +26,8 @@ from kvstore.errors import KernelError
 SOURCES = Path(__file__).resolve().parent / "csrc"
 # NVRTC fails when it is used for the first time by two threads at once.
 _COMPILING = Lock()
+# Compute capability: bfloat16, and copies to shared memory that are not waited for.
+OLDEST = (8, 0)
 OPTIONS = ("--std=c++17", "--generate-line-info")
 
 
@@ -42,6 +44,11 @@ class Runtime(Protocol):
     @property
     def device_type(self) -> str:
         """Of the tensors that its kernels read and write, as torch calls it."""
+        ...
+
+    @property
+    def block_shared_bytes(self) -> int:
+        """Most shared memory that a thread block can have."""
         ...
 
     def launch(
@@ -98,7 +105,13 @@ class CudaRuntime:
     device_type = "cuda"
 
     def __init__(self, index: int = 0) -> None:
+        """Raises KernelError for a device that is older than Ampere."""
         major, minor = torch.cuda.get_device_capability(index)
+        if (major, minor) < OLDEST:
+            raise KernelError(
+                f"cuda:{index}, {torch.cuda.get_device_name(index)}, is sm_{major}{minor}: "
+                f"CUDA kernels need sm_{OLDEST[0]}{OLDEST[1]} or newer"
+            )
         self._index = index
         self._arch = f"sm_{major}{minor}"
         self._kernels: dict[tuple[str, str], Any] = {}
@@ -117,6 +130,13 @@ class CudaRuntime:
             stream = _Stream(torch.cuda.current_stream(self._index).cuda_stream)
             function = self._function(source, kernel, shared_bytes)
             function(grid, block, tuple(args), shared_mem=shared_bytes, stream=stream)
+
+    @cached_property
+    def block_shared_bytes(self) -> int:
+        from cupy.cuda import runtime
+
+        wanted = runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin
+        return int(runtime.deviceGetAttribute(wanted, self._index))
 
     def resident_blocks(self, source: str, kernel: str, threads: int, shared_bytes: int) -> int:
         asked = source, kernel, threads, shared_bytes

@@ -54,6 +54,18 @@ class DecodeWorkspace:
         self.blocks = blocks
 
 
+def can_decode(
+    head_dim: int, dtype: torch.dtype, block_tokens: int, batch: int, runtime: Runtime
+) -> bool:
+    """Whether `decode` takes such KV, of up to `batch` sequences, on that device."""
+    return (
+        head_dim in HEAD_DIMS
+        and dtype in KV_DTYPES
+        and block_tokens % TILE == 0
+        and _shared_bytes(head_dim, dtype, batch) <= runtime.block_shared_bytes
+    )
+
+
 def decode(
     query: Tensor,
     kv: Tensor,
@@ -92,6 +104,12 @@ def decode(
             f"{TILE} and divide the slots"
         )
     _check_batch(query, kv, block_tables, context_lens, out, workspace)
+    if not can_decode(kv.shape[4], kv.dtype, block_tokens, len(query), runtime):
+        raise KernelError(
+            f"{len(query)} sequences with heads of {kv.shape[4]} elements of {kv.dtype} take "
+            f"{_shared_bytes(kv.shape[4], kv.dtype, len(query))} bytes of shared memory; "
+            f"the device has {runtime.block_shared_bytes}"
+        )
     if len(query) == 0:
         return
     _start_chunks(
@@ -116,7 +134,7 @@ def _start_chunks(
     kv_heads, layers, _, slots, _ = kv.shape
     kernel = f"paged_attention<{element_name(kv)}, {element_name(query)}, {head_dim}>"
     threads = 32 * WARPS
-    shared_bytes = _ring_bytes(head_dim * kv.element_size()) + 4 * batch
+    shared_bytes = _shared_bytes(head_dim, kv.dtype, batch)
     blocks = workspace.blocks or runtime.resident_blocks(SOURCE, kernel, threads, shared_bytes)
     runtime.launch(
         SOURCE,
@@ -188,8 +206,9 @@ def _check_batch(
         raise KernelError(f"the workspace is too small for {batch} sequences of {heads} heads")
 
 
-def _ring_bytes(row_bytes: int) -> int:
-    """Shared memory for the tiles of all warps: `Ring` in csrc/kv_tiles.cuh."""
+def _shared_bytes(head_dim: int, dtype: torch.dtype, batch: int) -> int:
+    """For the tiles of all warps, `Ring` in csrc/kv_tiles.cuh, and an int a sequence."""
+    row_bytes = head_dim * dtype.itemsize
     pitch = (row_bytes // 16 | 1) * 16
     tiles_ahead = (MIN_AHEAD_BYTES - 1) // (2 * TILE * row_bytes) + 1
-    return WARPS * (tiles_ahead + 1) * 2 * TILE * pitch
+    return WARPS * (tiles_ahead + 1) * 2 * TILE * pitch + 4 * batch

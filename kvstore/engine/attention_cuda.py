@@ -15,20 +15,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvstore.engine.attention import Attend, Write, write_pairs
 from kvstore.engine.batch import SequenceSpan, to_device
 from kvstore.engine.config import ModelConfig
-from kvstore.kernels.cuda_module import Runtime
+from kvstore.kernels.cuda_module import Runtime, runtime_of
 from kvstore.kernels.paged_attention_cuda import (
     HEAD_DIMS,
-    KV_DTYPES,
-    TILE,
     DecodeWorkspace,
+    can_decode,
     decode,
 )
 from kvstore.kernels.write_kv_cuda import write_kv
-
-
-def can_read_pages(config: ModelConfig, dtype: torch.dtype, block_tokens: int) -> bool:
-    """Whether the kernels know this KV. Without them all is gathered, and nothing is captured."""
-    return config.head_dim in HEAD_DIMS and dtype in KV_DTYPES and block_tokens % TILE == 0
 
 
 class CudaAttention:
@@ -51,9 +45,18 @@ class CudaAttention:
         `scales` float32 [kv_heads, layers, 2], for KV of fp8 or int8.
         """
         self._config = config
+        self._max_rows = max_rows
         self._workspace = DecodeWorkspace(max_rows, config.heads, config.head_dim, device)
         self._runtime = runtime
         self._scales = scales
+
+    def can_read_pages(self, dtype: torch.dtype, block_tokens: int) -> bool:
+        """Whether the kernels know such KV, and this device has room for them.
+
+        Without them all is gathered, and nothing is captured.
+        """
+        runtime = self._runtime or runtime_of(self._workspace.memory)
+        return can_decode(self._config.head_dim, dtype, block_tokens, self._max_rows, runtime)
 
     def writer(self, slots: Tensor, kv: Tensor) -> Write:
         def write(pairs: Tensor, layer: int) -> None:
@@ -71,7 +74,7 @@ class CudaAttention:
         decoding: list[SequenceSpan] = []
         rows: list[int] = []
         first = 0
-        by_kernel = can_read_pages(self._config, kv.dtype, block_tokens)
+        by_kernel = self.can_read_pages(kv.dtype, block_tokens)
         for span in spans:
             if span.query_tokens == 1 and by_kernel:
                 decoding.append(span)

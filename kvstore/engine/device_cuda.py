@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvstore.engine.attention_cuda import CudaAttention, can_read_pages
+from kvstore.engine.attention_cuda import CudaAttention
 from kvstore.engine.batch import Batch, SequenceSpan
 from kvstore.engine.decode_steps import DecodeSteps, GraphCapture, step_sizes
 from kvstore.engine.device import Observe
@@ -57,7 +57,7 @@ class CudaDevice:
                 hbm.copies.pin(memory)
         decoder, layout = self._decoder, hbm.layout
         steps = None
-        if can_read_pages(decoder.config, hbm.kv.dtype, layout.block_tokens):
+        if self._attention.can_read_pages(hbm.kv.dtype, layout.block_tokens):
             steps = DecodeSteps(
                 decoder,
                 hbm.kv,

@@ -134,6 +134,22 @@ def test_rows_of_every_kind_attend_to_what_they_should(
         assert not out[rows:].any()
 
 
+def test_where_the_kernels_have_no_room_all_is_gathered(
+    model: LoadedModel, runtime: Runtime
+) -> None:
+    vars(runtime)["block_shared_bytes"] = 10_000
+    kv = torch.randn((2, 2, 2, 20 * BLOCK_TOKENS, 64)).to(model.decoder.device, torch.bfloat16)
+    attention = CudaAttention(model.config, kv.device, 4, runtime)
+    assert not attention.can_read_pages(kv.dtype, BLOCK_TOKENS)
+    spans = [SequenceSpan(1, 40, [3, 9, 1]), SequenceSpan(1, 0, [15])]
+    query = torch.randn((2, 4 * 64)).to(kv.device)
+    out = attention.of_spans(spans, kv, BLOCK_TOKENS)(query, 1).view(2, 4, 64).cpu()
+    right = reference.paged_attention(
+        query.view(2, 4, 64).cpu(), kv.cpu().double(), 1, spans, BLOCK_TOKENS
+    )
+    assert (out - right).norm() < 4e-3 * right.norm()
+
+
 @pytest.mark.parametrize("max_batch", [1, 4, 5, 8])
 @pytest.mark.parametrize("chunk_tokens", [1, 40])
 def test_the_largest_step_fits_into_the_workspace(

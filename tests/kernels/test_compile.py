@@ -27,6 +27,7 @@ class AskedRuntime:
     """Remembers what is to be launched, and leaves it at that."""
 
     device_type = "cpu"
+    block_shared_bytes = 227 << 10
 
     def __init__(self) -> None:
         self.asked: set[tuple[str, str]] = set()
@@ -170,3 +171,12 @@ def test_tensors_elsewhere_than_on_a_cuda_device_are_refused() -> None:
     pages: PagedTensors = paged(torch.zeros(1, 1, 2, 16, 8), 16)
     with pytest.raises(KernelError, match="not on cpu"):
         KernelCopies(pages, 16)
+
+
+def test_devices_that_are_too_old_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    with pytest.raises(KernelError, match=r"cuda:1, Tesla T4, is sm_75: .* need sm_80"):
+        cuda_module.CudaRuntime(1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    cuda_module.CudaRuntime(1)

@@ -14,7 +14,13 @@ from torch import Tensor
 from kvstore.errors import KernelError
 from kvstore.kernels import reference
 from kvstore.kernels.cuda_module import CudaRuntime, Runtime
-from kvstore.kernels.paged_attention_cuda import HEAD_DIMS, KV_DTYPES, DecodeWorkspace, decode
+from kvstore.kernels.paged_attention_cuda import (
+    HEAD_DIMS,
+    KV_DTYPES,
+    DecodeWorkspace,
+    can_decode,
+    decode,
+)
 from tests.kernels.emulator import EmulatedRuntime
 
 LAYERS, LAYER = 2, 1
@@ -336,6 +342,20 @@ def test_what_does_not_fit_is_refused(emulated: EmulatedRuntime) -> None:
     refused("without scales", kv=case.kv.to(torch.int8))
     refused("scales is", kv=case.kv.to(torch.int8), scales=scales[..., :1])
     refused("too small for 2 sequences", workspace=DecodeWorkspace(1, 8, 64, "cpu"))
+
+
+def test_shared_memory_that_a_device_does_not_have(compiled: Path) -> None:
+    """On sm_86 and sm_89 a block can have 99 KiB: too little for heads of 256 in 16 bits."""
+    runtime = EmulatedRuntime(compiled)
+    case = a_case("cpu", (20, 30), head_dim=256)
+    assert can_decode(256, torch.bfloat16, 16, 2, runtime)
+    runtime.block_shared_bytes = 99 << 10
+    assert can_decode(128, torch.bfloat16, 16, 2, runtime)
+    assert can_decode(256, torch.int8, 16, 2, runtime)
+    assert not can_decode(128, torch.bfloat16, 16, 10_000, runtime)
+    assert not can_decode(256, torch.bfloat16, 16, 2, runtime)
+    with pytest.raises(KernelError, match=r"take 135176 bytes .*; the device has 101376"):
+        case.run(runtime)
 
 
 def test_tensors_on_a_cpu_need_another_runtime() -> None:
