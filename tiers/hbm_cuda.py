@@ -116,7 +116,7 @@ class CudaCopies:
         with torch.cuda.device(kv.device):
             pages = paged(kv, layout.block_tokens)
             kernel = KernelCopies(pages, layout.block_tokens)
-            copies = _fastest(pages, layout, kernel)
+            copies = fastest_copies(pages, layout, kernel)
             streams = CudaStream(kv.device), CudaStream(kv.device)
         # DMA of a layer would be a call for each head of each block: too many.
         return cls(pages, layout, copies, kernel, PINNED, *streams)
@@ -179,8 +179,11 @@ def _reachable(pages: PagedTensors, nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_cuda)
 
 
-def _fastest(pages: PagedTensors, layout: BlockLayout, kernel: KernelCopies) -> BlockCopies:
-    """By kernel or by DMA: whichever is faster for blocks of this size on this device."""
+def fastest_copies(pages: PagedTensors, layout: BlockLayout, kernel: KernelCopies) -> BlockCopies:
+    """By kernel or by DMA: whichever is faster for blocks of this size on this device.
+
+    Overwrites a few blocks with what is in them.
+    """
     count = min(pages.shape[0], max(1, MEASURED_BYTES // layout.block_bytes))
     buffers = list(_reachable(pages, count * layout.block_bytes).view(count, -1))
     return fastest(ways_of(kernel), runs_of(range(count), layout.block_tokens), buffers).copies

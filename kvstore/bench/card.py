@@ -13,13 +13,19 @@ from torch import Tensor
 from kvstore.engine.decode_steps import Capture, GraphCapture
 from kvstore.engine.device_name import torch_device
 from kvstore.errors import SettingsError
+from kvstore.kernels.block_copy_cuda import KernelCopies
+from kvstore.kernels.block_copy_dma import BlockCopies
 from kvstore.kernels.cuda_module import Runtime
+from kvstore.kernels.paged_tensors import PagedTensors
+from kvstore.layout import BlockLayout
+from kvstore.tiers.hbm_cuda import fastest_copies
 
 Work = Callable[[], object]  # starts something on torch's current stream
 
 # The device sleeps so long before it is measured, in its cycles: about 10 ms, in which the host
 # gets ahead of it. What is measured is then the device, and not how fast work is given to it.
 _HEAD_START_CYCLES = 20_000_000
+_HEAD_START_S = 0.02  # at most
 
 
 class Card(Protocol):
@@ -54,6 +60,10 @@ class Card(Protocol):
 
     def capture(self) -> Capture:
         """Makes of a computation what can be replayed: CUDA graphs, where there are any."""
+        ...
+
+    def tier_copies(self, pages: PagedTensors, layout: BlockLayout) -> BlockCopies:
+        """The way in which the HBM tier copies whole blocks here. May measure; keeps the pages."""
         ...
 
     def free_bytes(self) -> int: ...
@@ -103,7 +113,8 @@ class CudaCard:
     def seconds_beside(self, work: Work, company: Sequence[Work]) -> float:
         alone_s = self.seconds(work)
         # Company slows each other down as well, so this is more than enough of each.
-        repeats = [math.ceil(2 * alone_s / self.seconds(each)) + 1 for each in company]
+        lasting_s = 2 * (_HEAD_START_S + alone_s)
+        repeats = [math.ceil(lasting_s / self.seconds(each)) + 1 for each in company]
         gate, begin, end = _event(), _event(), _event()
         self._head_start()
         gate.record()
@@ -115,7 +126,8 @@ class CudaCard:
                 for _ in range(count):
                     each()
             lasts.append(stream.record_event())
-        begin.record()  # not earlier: to start all of that takes the host a while
+        _sleep()  # again: to start all of that has taken the host a while
+        begin.record()
         work()
         end.record()
         end.synchronize()
@@ -130,6 +142,9 @@ class CudaCard:
 
     def capture(self) -> Capture:
         return GraphCapture(self.device)
+
+    def tier_copies(self, pages: PagedTensors, layout: BlockLayout) -> BlockCopies:
+        return fastest_copies(pages, layout, KernelCopies(pages, layout.block_tokens))
 
     def free_bytes(self) -> int:
         self.clear()
@@ -151,8 +166,7 @@ class CudaCard:
 
     def _head_start(self) -> None:
         torch.cuda.synchronize(self.device)
-        sleep: Callable[[int], None] = torch.cuda._sleep
-        sleep(_HEAD_START_CYCLES)
+        _sleep()
 
     def _side_streams(self, count: int) -> list[Any]:
         new: Callable[..., Any] = torch.cuda.Stream
@@ -167,6 +181,11 @@ def cuda_card(name: str) -> CudaCard:
     if device.type != "cuda":
         raise SettingsError(f"device {name}: this measures GPUs; give cuda, or cuda:1")
     return CudaCard(device)
+
+
+def _sleep() -> None:
+    sleep: Callable[[int], None] = torch.cuda._sleep
+    sleep(_HEAD_START_CYCLES)
 
 
 def _event() -> Any:

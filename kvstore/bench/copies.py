@@ -1,7 +1,7 @@
 """Pages to and from pinned RAM, by kernel and by DMA, beside one large copy of as many bytes.
 
 Pages lie in random order, and each block has a place of its own in RAM. The large copy is of the
-very same memory. Both directions, alone and at once; and what attention loses beside them.
+very same memory. Both directions, alone and at once. Judged is the way that the HBM tier takes.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from functools import partial
 
 import torch
 
-from kvstore.bench.attention import Decoding
 from kvstore.bench.benchmark import Bench
 from kvstore.bench.card import Work
 from kvstore.bench.pages import random_kv, shuffled
 from kvstore.bench.rows import Row, Unmeasured
-from kvstore.bench.sizes import pair_bytes, token_bytes
-from kvstore.bench.turns import medians, rates
+from kvstore.bench.sizes import token_bytes
+from kvstore.bench.turns import rates
 from kvstore.kernels.block_copy_cuda import KernelCopies, addresses
 from kvstore.kernels.block_copy_dma import BlockCopies, DmaCopies
 from kvstore.kernels.paged_tensors import paged, runs_of
+from kvstore.layout import BlockLayout
 from kvstore.quantities import format_size
 
-ONE_WAY_AT_LEAST, BOTH_AT_LEAST, BESIDE_AT_LEAST = 0.90, 0.85, 0.98
-WAYS = {"kernel": KernelCopies, "DMA": DmaCopies}
+ONE_WAY_AT_LEAST, BOTH_AT_LEAST = 0.90, 0.85
+WAYS: dict[str, type[KernelCopies | DmaCopies]] = {"kernel": KernelCopies, "DMA": DmaCopies}
 
 
 class Pages:
@@ -32,6 +32,7 @@ class Pages:
 
     def __init__(self, bench: Bench, block_tokens: int) -> None:
         model, card = bench.sizes.model, bench.card
+        self.block_tokens = block_tokens
         self.block_bytes = block_tokens * token_bytes(model, bench.dtype.itemsize)
         count = max(1, bench.sizes.copy_bytes // self.block_bytes)
         self.total_bytes = count * self.block_bytes
@@ -40,7 +41,7 @@ class Pages:
         self.ram = card.pinned(self.total_bytes)
         self.ram.zero_()  # its pages are there before the first copy
         self._runs = runs_of(shuffled(count), block_tokens)
-        pages = paged(self.kv, block_tokens)
+        self.paged = pages = paged(self.kv, block_tokens)
         # Looked up once, as the HBM tier does it.
         blocks = list(self.ram.view(count, -1))
         self._places = addresses(blocks, self.block_bytes, pages, out=True)
@@ -61,8 +62,22 @@ class Pages:
         self.flat.copy_(self.ram, non_blocking=True)
 
 
+def tier_way(bench: Bench, pages: Pages) -> str:
+    """One of WAYS: the one that the HBM tier has chosen, by its own measure, not by ours."""
+    model = bench.sizes.model
+    layout = BlockLayout(
+        layers=model.layers,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        block_tokens=pages.block_tokens,
+        dtype=bench.sizes.dtype,
+    )
+    copies = bench.card.tier_copies(pages.paged, layout)
+    return next(name for name, way in WAYS.items() if isinstance(copies, way))
+
+
 def measure(bench: Bench, block_tokens: int) -> Iterator[Row | Unmeasured]:
-    """One block size; bounds are those of the way that is faster there and back."""
+    """One block size; bounds are those of the way that the HBM tier takes."""
     copy_bytes = bench.sizes.copy_bytes
     bench.need(hbm_bytes=2 * copy_bytes, ram_bytes=2 * copy_bytes)
     card, pages = bench.card, Pages(bench, block_tokens)
@@ -72,7 +87,7 @@ def measure(bench: Bench, block_tokens: int) -> Iterator[Row | Unmeasured]:
         works[f"{way} out"], works[f"{way} in"] = partial(pages.out, way), partial(pages.into, way)
     turns = {name: partial(card.seconds, work) for name, work in works.items()}
     rate = rates(turns, bench.sizes.rounds, pages.total_bytes)
-    chosen = max(WAYS, key=lambda way: 1 / (1 / rate[f"{way} out"] + 1 / rate[f"{way} in"]))
+    chosen = tier_way(bench, pages)
     label = f"{block_tokens}-token blocks"
     for way in WAYS:
         for direction, to in (("out", "to"), ("in", "from")):
@@ -86,10 +101,7 @@ def measure(bench: Bench, block_tokens: int) -> Iterator[Row | Unmeasured]:
                 at_least=ONE_WAY_AT_LEAST if way == chosen else None,
                 note=f"{format_size(pages.block_bytes)} a block",
             )
-    other = Pages(bench, block_tokens)
-    yield from _both_ways(bench, pages, other, chosen, label)
-    if block_tokens == bench.sizes.block_tokens:
-        yield from _beside(bench, pages, other, chosen, label)
+    yield from _both_ways(bench, pages, Pages(bench, block_tokens), chosen, label)
 
 
 def _check(bench: Bench, pages: Pages) -> None:
@@ -123,41 +135,3 @@ def _both_ways(
         against="two pinned copies, one each way, at once; both directions counted",
         at_least=BOTH_AT_LEAST,
     )
-
-
-def _beside(
-    bench: Bench, pages: Pages, other: Pages, way: str, label: str
-) -> Iterator[Row | Unmeasured]:
-    """Attention alone, and while pages are copied without a pause."""
-    card, sizes = bench.card, bench.sizes
-    shape, layers = sizes.beside, sizes.beside_layers
-    slots = shape.batch * shape.context_tokens
-    bench.need(hbm_bytes=layers * slots * pair_bytes(sizes.model, bench.dtype.itemsize))
-    kv = random_kv(sizes.model, slots, layers, bench.dtype, card.device)
-    decoding = Decoding(bench, shape, kv)
-    out, into = partial(pages.out, way), partial(other.into, way)
-
-    def attend() -> None:
-        for _ in range(sizes.beside_repeats):
-            decoding.all_layers()
-
-    company: dict[str, list[Work]] = {
-        "pages to RAM": [out],
-        "pages from RAM": [into],
-        "pages both ways": [out, into],
-    }
-    turns = {"alone": partial(card.seconds, attend)}
-    for name, works in company.items():
-        turns[name] = partial(card.seconds_beside, attend, works)
-    seconds = medians(turns, sizes.rounds)
-    read_bytes = sizes.beside_repeats * layers * decoding.layer_bytes
-    for name in company:
-        yield Row(
-            name=f"decode attention beside {name}, {label}",
-            group="copies",
-            value=read_bytes / seconds[name] / 1e9,
-            unit="GB/s",
-            ceiling=read_bytes / seconds["alone"] / 1e9,
-            against=f"the same alone; {shape.label}; copies by {way} without a pause",
-            at_least=BESIDE_AT_LEAST,
-        )

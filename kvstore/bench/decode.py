@@ -1,16 +1,18 @@
-"""Decoding with the engine: what a store costs it, and what CUDA graphs save."""
+"""Decoding with the engine: what a store and its copies cost it, and what CUDA graphs save."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
 
-import torch
+from torch import Tensor
 
 from kvstore import compose
 from kvstore.bench.asking import fresh_tokens, seconds_a_token
 from kvstore.bench.benchmark import Bench
-from kvstore.bench.pages import shuffled
+from kvstore.bench.card import Work
+from kvstore.bench.copies import Pages, tier_way
+from kvstore.bench.pages import random_kv, shuffled
 from kvstore.bench.rows import Row, Unmeasured
 from kvstore.bench.sizes import token_bytes
 from kvstore.bench.turns import Turn, medians, timed
@@ -20,7 +22,7 @@ from kvstore.engine.engine import Engine
 from kvstore.engine.naming import namespace_of
 from kvstore.engine.sequence import TokenSequence
 
-OFFLOAD_AT_LEAST = 0.98
+OFFLOAD_AT_LEAST, BESIDE_AT_LEAST = 0.98, 0.98
 
 
 def measure_offload(bench: Bench) -> Iterator[Row | Unmeasured]:
@@ -78,30 +80,14 @@ def measure_offload(bench: Bench) -> Iterator[Row | Unmeasured]:
 def measure_graphs(bench: Bench) -> Iterator[Row | Unmeasured]:
     """Decode steps as the engine makes them, replayed from CUDA graphs and computed eagerly."""
     sizes, model = bench.sizes, bench.sizes.model
-    most, context, block_tokens = (
-        max(sizes.step_batches),
-        sizes.step_context_tokens,
-        sizes.block_tokens,
-    )
-    blocks = -(-context // block_tokens)
-    slots = most * blocks * block_tokens
+    most, context = max(sizes.step_batches), sizes.step_context_tokens
+    blocks = -(-context // sizes.block_tokens)
+    slots = most * blocks * sizes.block_tokens
     bench.need_engine(hbm_bytes=slots * token_bytes(model, bench.dtype.itemsize))
-    decoder = bench.model.decoder
-    kv = torch.zeros(
-        (model.kv_heads, model.layers, 2, slots, model.head_dim),
-        dtype=bench.dtype,
-        device=bench.card.device,
-    )
-    rows = step_sizes(most)[-1]
-    attention = CudaAttention(model, bench.card.device, rows, runtime=bench.card.runtime)
-
-    def steps(capture: Capture) -> DecodeSteps:
-        return DecodeSteps(
-            decoder, kv, attention, capture, max_batch=most, block_tokens=block_tokens
-        )
-
+    kv = random_kv(model, slots, model.layers, bench.dtype, bench.card.device)
+    steps = partial(_steps, bench, kv, _attention(bench, most), most)
     ways = {"graphs": steps(bench.card.capture()), "eager": steps(as_it_is)}
-    sequences = _sequences(bench, most, blocks)
+    sequences = _sequences(bench, most, context)
     for batch in sizes.step_batches:
         turns = {
             name: timed(partial(_run, way, sequences[:batch], sizes.steps))
@@ -119,20 +105,75 @@ def measure_graphs(bench: Bench) -> Iterator[Row | Unmeasured]:
         )
 
 
+def measure_beside(bench: Bench) -> Iterator[Row | Unmeasured]:
+    """A decode step from its CUDA graph, alone and while pages are copied without a pause."""
+    sizes, card = bench.sizes, bench.card
+    batch, context = sizes.beside
+    slots = batch * -(-context // sizes.block_tokens) * sizes.block_tokens
+    kv_bytes = slots * token_bytes(sizes.model, bench.dtype.itemsize)
+    bench.need_engine(hbm_bytes=kv_bytes + 2 * sizes.copy_bytes, ram_bytes=2 * sizes.copy_bytes)
+    pages, other = Pages(bench, sizes.block_tokens), Pages(bench, sizes.block_tokens)
+    way = tier_way(bench, pages)
+    kv = random_kv(sizes.model, slots, sizes.model.layers, bench.dtype, card.device)
+    steps = _steps(bench, kv, _attention(bench, batch), batch, card.capture())
+    step = partial(steps.run, _sequences(bench, batch, context))
+    out, into = partial(pages.out, way), partial(other.into, way)
+    company: dict[str, list[Work]] = {
+        "pages to RAM": [out],
+        "pages from RAM": [into],
+        "pages both ways": [out, into],
+    }
+    turns: dict[str, Turn] = {"alone": partial(card.seconds, step)}
+    for name, works in company.items():
+        turns[name] = partial(card.seconds_beside, step, works)
+    seconds = medians(turns, sizes.rounds)
+    for name in company:
+        yield Row(
+            name=f"decode steps beside {name}",
+            group="decode",
+            value=batch / seconds[name],
+            unit="tokens/s",
+            ceiling=batch / seconds["alone"],
+            against=f"the same CUDA graph alone; {sizes.beside.label}; copies by {way} without a "
+            "pause",
+            at_least=BESIDE_AT_LEAST,
+        )
+
+
+def _attention(bench: Bench, batch: int) -> CudaAttention:
+    card = bench.card
+    rows = step_sizes(batch)[-1]
+    return CudaAttention(bench.sizes.model, card.device, rows, runtime=card.runtime)
+
+
+def _steps(
+    bench: Bench, kv: Tensor, attention: CudaAttention, batch: int, capture: Capture
+) -> DecodeSteps:
+    return DecodeSteps(
+        bench.model.decoder,
+        kv,
+        attention,
+        capture,
+        max_batch=batch,
+        block_tokens=bench.sizes.block_tokens,
+    )
+
+
 def _run(steps: DecodeSteps, sequences: list[TokenSequence], count: int) -> None:
     """The token is drawn in each step, so that the host waits as it does in the engine."""
     for _ in range(count):
         steps.run(sequences).argmax(-1).tolist()
 
 
-def _sequences(bench: Bench, count: int, blocks: int) -> list[TokenSequence]:
+def _sequences(bench: Bench, count: int, context: int) -> list[TokenSequence]:
     """Whose last token is to be computed; all have the same context."""
-    sizes = bench.sizes
-    namespace = namespace_of(bench.model, bench.dtype, block_tokens=sizes.block_tokens)
+    block_tokens = bench.sizes.block_tokens
+    namespace = namespace_of(bench.model, bench.dtype, block_tokens=block_tokens)
+    blocks = -(-context // block_tokens)
     order = shuffled(count * blocks)
     made = []
     for number in range(count):
-        tokens = fresh_tokens(sizes.model.vocab_size, sizes.step_context_tokens)
+        tokens = fresh_tokens(bench.sizes.model.vocab_size, context)
         sequence = TokenSequence(namespace, tokens, arrival=number)
         sequence.block_table = order[number * blocks : (number + 1) * blocks]
         sequence.computed_tokens = len(tokens) - 1

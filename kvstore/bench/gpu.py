@@ -32,6 +32,7 @@ def catalogue(sizes: Sizes) -> list[Benchmark]:
         Benchmark("attention/fp8", partial(attention.measure, dtype=attention.FP8)),
         Benchmark("attention/write", attention.measure_writes),
         Benchmark("decode/graphs", decode.measure_graphs),
+        Benchmark("decode/beside", decode.measure_beside),
         Benchmark("decode/offload", decode.measure_offload),
         Benchmark("prompts/ram", prompts.measure_ram),
         Benchmark("prompts/nvme", prompts.measure_nvme),

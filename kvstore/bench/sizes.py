@@ -39,14 +39,12 @@ class Sizes:
     copy_bytes: int  # in one copy between pages and RAM
     copy_block_tokens: tuple[int, ...]
     decode_shapes: tuple[DecodeShape, ...]
-    beside: DecodeShape  # what decodes while pages are copied
-    beside_layers: int
-    beside_repeats: int
     device_copy_bytes: int
     written_tokens: tuple[int, ...]
 
     # The engine
     chunk_tokens: int
+    beside: DecodeShape  # what decodes while pages are copied
     decode_batch: int
     decode_prompt_tokens: int
     decode_tokens: int
@@ -120,12 +118,10 @@ FULL = Sizes(
     copy_bytes=GiB,
     copy_block_tokens=(16, 64, 256),
     decode_shapes=(DecodeShape(64, 4096), DecodeShape(8, 32_768)),
-    beside=DecodeShape(64, 4096),
-    beside_layers=4,
-    beside_repeats=8,
     device_copy_bytes=2 * GiB,
     written_tokens=(64, 2048),
     chunk_tokens=2048,
+    beside=DecodeShape(64, 4096),
     decode_batch=64,
     decode_prompt_tokens=256,
     decode_tokens=128,
@@ -154,12 +150,10 @@ TINY = Sizes(
     copy_bytes=256 << 10,
     copy_block_tokens=(16, 32),
     decode_shapes=(DecodeShape(3, 48), DecodeShape(1, 144)),
-    beside=DecodeShape(2, 32),
-    beside_layers=1,
-    beside_repeats=1,
     device_copy_bytes=1 << 20,
     written_tokens=(2, 8),
     chunk_tokens=64,
+    beside=DecodeShape(2, 32),
     decode_batch=3,
     decode_prompt_tokens=60,
     decode_tokens=24,

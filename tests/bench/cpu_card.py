@@ -14,7 +14,11 @@ from torch import Tensor
 
 from kvstore.bench.card import Work
 from kvstore.engine.decode_steps import Capture, as_it_is
+from kvstore.kernels.block_copy_cuda import KernelCopies
+from kvstore.kernels.block_copy_dma import BlockCopies
 from kvstore.kernels.cuda_module import Runtime
+from kvstore.kernels.paged_tensors import PagedTensors
+from kvstore.layout import BlockLayout
 
 
 class CpuCard:
@@ -45,6 +49,9 @@ class CpuCard:
 
     def capture(self) -> Capture:
         return as_it_is
+
+    def tier_copies(self, pages: PagedTensors, layout: BlockLayout) -> BlockCopies:
+        return KernelCopies(pages, layout.block_tokens, runtime=self.runtime)
 
     def free_bytes(self) -> int:
         return self.free

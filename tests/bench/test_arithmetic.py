@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore.bench import asking, copies
+from kvstore.bench import asking, copies, decode
 from kvstore.bench.attention import measure, measure_writes
 from kvstore.bench.benchmark import Bench
 from kvstore.bench.card import Work
@@ -53,12 +53,15 @@ def test_copies(slow: Bench) -> None:
             assert (row.value, row.ceiling) == (gigabytes(total_bytes), gigabytes(total_bytes))
     both = rows["pages both ways at once by kernel, 16-token blocks"]
     assert (both.value, both.ceiling) == (gigabytes(2 * total_bytes),) * 2
-    batch, context = TINY.beside
-    read_bytes = batch * context * TINY.beside_layers * pair_bytes(TINY_MODEL, 2)
-    for company in ("pages to RAM", "pages from RAM", "pages both ways"):
-        row = rows[f"decode attention beside {company}, 16-token blocks"]
-        assert row.ceiling == gigabytes(read_bytes * TINY.beside_repeats)
-        assert row.ratio == pytest.approx(0.5)
+
+
+def test_decode_beside_copies(slow: Bench) -> None:
+    """A whole step: a token of each sequence in a second, and in two beside copies."""
+    rows = [row for row in decode.measure_beside(slow) if isinstance(row, Row)]
+    assert [(row.value, row.ceiling) for row in rows] == [
+        (TINY.beside.batch / 2, TINY.beside.batch)
+    ] * 3
+    assert [row.ok for row in rows] == [False] * 3
 
 
 @pytest.mark.parametrize(("name", "element_bytes"), [("bfloat16", 2), ("float8_e4m3fn", 1)])
