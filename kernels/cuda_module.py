@@ -8,12 +8,14 @@ without one.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
+from shutil import rmtree
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
@@ -192,17 +194,17 @@ class CudaRuntime:
 def cubin(source: str, kernel: str, arch: str, folder: Path | None = None) -> tuple[Path, str]:
     """Machine code of one kernel for `arch` ("sm_90"), and its name in there.
 
-    From `folder` (by default the user's cache), or else compiled, which takes about a second
-    and needs no device. Raises KernelError without CuPy or NVRTC, and for a source that does
-    not compile.
+    From `folder` (by default the user's cache, or where that cannot be written to, one of this
+    process's own), or else compiled, which takes about a second and needs no device. Raises
+    KernelError without CuPy or NVRTC, and for a source that does not compile.
     """
-    folder = folder or _cache_folder()
+    folder = folder or cache_folder()
     headers = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))}
     text = (SOURCES / source).read_text()
     parts = [str(_nvrtc_version()), arch, kernel, text, *OPTIONS, *headers, *headers.values()]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     code, symbol = folder / f"{name}.cubin", folder / f"{name}.symbol"
-    if not code.exists():
+    if not (code.exists() and symbol.exists()):
         with _COMPILING:
             binary, lowered = _compile(source, text, headers, kernel, arch)
         folder.mkdir(parents=True, exist_ok=True)
@@ -251,9 +253,23 @@ def _nvrtc_version() -> tuple[int, int]:
     return version
 
 
-def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "kvstore" / "kernels"
+def cache_folder() -> Path:
+    """Where compiled kernels are kept. One that nobody else can write to: they are run."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home) / "kvstore" / "kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):  # read-only, full, not ours; without a home
+        return _own_folder()
+    return folder
+
+
+@cache
+def _own_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="kvstore-kernels-"))
+    atexit.register(rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _put(path: Path, content: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from kvstore.errors import KernelError
 from kvstore.kernels import cuda_module, paged_attention_cuda, write_kv_cuda
 from kvstore.kernels.block_copy_cuda import KernelCopies
-from kvstore.kernels.cuda_module import Rows, cubin
+from kvstore.kernels.cuda_module import Rows, cache_folder, cubin
 from kvstore.kernels.paged_tensors import PagedTensors, paged
 
 ARCHS = ("sm_80", "sm_90")
@@ -147,6 +148,50 @@ def test_a_kernel_is_compiled_once_and_kept(
     header.write_text("constexpr int N = 2;")
     assert cubin("small.cu", "f<3>", "sm_90", tmp_path / "cache")[0] != first
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".cubin", ".symbol"}
+
+
+@pytest.mark.parametrize("suffix", [".cubin", ".symbol"])
+def test_half_of_what_was_kept_is_made_again(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_module, "SOURCES", tmp_path)
+    (tmp_path / "small.cu").write_text("__global__ void f(int* x) { *x = 1; }")
+    code, symbol = cubin("small.cu", "f", "sm_90", tmp_path / "cache")
+    code.with_suffix(suffix).unlink()
+    assert cubin("small.cu", "f", "sm_90", tmp_path / "cache") == (code, symbol)
+    assert code.read_bytes().startswith(b"\x7fELF")
+
+
+def test_kernels_are_kept_in_the_user_s_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == tmp_path / ".cache" / "kvstore" / "kernels"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert cache_folder() == tmp_path / "other" / "kvstore" / "kernels"
+
+
+def test_where_nothing_can_be_kept_kernels_live_as_long_as_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    # Nobody, root neither, can make a file there.
+    for folder in ("/proc/self", str(tmp_path / "file")):
+        monkeypatch.setenv("XDG_CACHE_HOME", folder)
+        own = cache_folder()
+        assert own == cache_folder()
+        assert own.parent == Path(tempfile.gettempdir())
+        assert own.stat().st_mode & 0o77 == 0
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache_folder().parent == Path(tempfile.gettempdir())
 
 
 def test_what_does_not_compile_is_said_with_the_compiler_s_words(
