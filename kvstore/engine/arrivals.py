@@ -150,8 +150,11 @@ class Arrivals:
         first = load.start + asked
         blocks = load.sequence.block_table[first : load.start + ready]
         views, sources = list(load.lease.views[asked:ready]), load.lease.sources[asked:ready]
-        nbytes = (ready - asked) * layout.block_bytes
-        by_layer = ready == len(load.lease) and nbytes <= copies.gated_bytes(others_run)
+        # Who waits for these waits for all that were asked for before, whoever it is for; and
+        # who runs at once is another from now on.
+        nbytes = (self._coming() + ready - asked) * layout.block_bytes
+        most = copies.gated_bytes(others_run or bool(self._gates))
+        by_layer = ready == len(load.lease) and nbytes <= most
         events: Gates
         if by_layer:
             events = copies.copy_in_by_layer(blocks, views)
@@ -164,6 +167,11 @@ class Arrivals:
         if by_layer:
             self._run_at_once(load)
         return ready - asked
+
+    def _coming(self) -> int:
+        """Blocks whose copies are not over."""
+        arrivals = (a for load in (*self._loads, *self._parting) for a in load.arrivals)
+        return sum(len(arrival.blocks) for arrival in arrivals if not arrival.is_over)
 
     def _run_at_once(self, load: _Load) -> None:
         """All of a lease is on its way: who reads it waits for its copies, layer by layer.

@@ -186,6 +186,47 @@ def test_no_layer_is_waited_for_by_those_who_could_not_care_less(
         drain(engine)
 
 
+def test_a_small_copy_behind_a_large_one_is_not_waited_for(
+    deep: LoadedModel, store: BlockStore
+) -> None:
+    small = [5] * 9  # two blocks that can be found
+    once = SamplingParams(max_tokens=1, ignore_eos=True)
+    with engine_over(deep, store) as engine:
+        engine.generate([LONG, small], GREEDY)
+    gated = {False: UNBOUNDED, True: 4 * block_bytes(deep)}
+    with delayed_engine(deep, store, gated=gated) as (engine, copies):
+        engine.add_request([7], SamplingParams(max_tokens=30, ignore_eos=True))
+        engine.step()
+        engine.add_request(LONG, once)
+        engine.step()
+        engine.add_request(small, once)
+        for _ in range(3):
+            assert len(engine.step()) == 1
+        assert (copies.preceded, copies.waits, len(copies.inward)) == (0, 0, 2)
+        copies.inward[-1].run()
+        assert len(engine.step()) == 3
+        engine.clear_hbm()
+        engine.add_request(small, once)  # nothing is before it now
+        assert len(engine.step()) == 2
+        assert (copies.preceded, copies.waits) == (5, 0)
+        drain(engine)
+
+
+def test_of_two_that_nobody_waits_for_the_first_does_not_wait_for_the_second(
+    deep: LoadedModel, store: BlockStore
+) -> None:
+    others = [9] * 50
+    once = SamplingParams(max_tokens=1, ignore_eos=True)
+    with engine_over(deep, store) as engine:
+        engine.generate([LONG, others], once)
+    with delayed_engine(deep, store, gated=ALONE) as (engine, copies):
+        first = engine.add_request(LONG, once)
+        engine.add_request(others, once)
+        assert [delta.request_id for delta in engine.step()] == [first]
+        assert (copies.preceded, copies.waits, len(copies.inward)) == (5, 0, 1)
+        drain(engine)
+
+
 @pytest.mark.parametrize("gated", [NEVER, ALONE, SMALL, ALWAYS])
 @pytest.mark.parametrize("seed", range(4))
 def test_any_order_of_copies_gives_the_same_answers_and_blocks(
