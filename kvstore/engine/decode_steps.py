@@ -7,6 +7,7 @@ than the device needs to run them. A CUDA graph launches them all at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,19 +31,25 @@ class GraphCapture:
     """Captures CUDA graphs, which share one pool of memory: no two of them run at once."""
 
     def __init__(self, device: torch.device) -> None:
+        stream: Callable[..., Any] = torch.cuda.Stream
         self._device = device
+        # Not torch's own, which is on whatever device the process captured first.
+        self._stream = stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # once before: libraries make their workspaces,
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):  # once before: libraries make their workspaces,
                 compute()  # kernels are compiled and loaded, and neither can be captured
-            torch.cuda.current_stream().wait_stream(stream)
-            # Other threads may go on using CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            torch.cuda.current_stream().wait_stream(self._stream)
+            with torch.cuda.graph(
+                graph,
+                pool=self._pool,
+                stream=self._stream,
+                capture_error_mode="thread_local",  # other threads may go on using CUDA
+            ):
                 out = compute()
 
         def replay() -> Tensor:

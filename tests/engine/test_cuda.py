@@ -151,6 +151,17 @@ def test_graphs_give_what_launches_give(tmp_path: Path) -> None:
             assert captured == launched
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two CUDA devices")
+def test_graphs_on_a_second_device(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "wide", head_dim=64)
+    given = []
+    for device in ("cuda:0", "cuda:1"):
+        with Engine.from_pretrained(path, device=device, hbm_bytes="8 MiB", max_batch=4) as engine:
+            assert engine._loop._forward._steps is not None
+            given.append([output.token_ids for output in engine.generate(PROMPTS, GREEDY)])
+    assert given[0] == given[1]
+
+
 @pytest.mark.parametrize("head_dim", [16, 64])  # unknown to the kernels, and known
 def test_hbm_is_what_is_left_of_the_fraction(tmp_path: Path, head_dim: int) -> None:
     path = tiny_model(tmp_path / "model", head_dim=head_dim)

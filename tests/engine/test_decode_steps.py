@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from kvstore.engine.attention import HostAttention
 from kvstore.engine.decode_buffers import DecodeBuffers
-from kvstore.engine.decode_steps import DecodeSteps, step_sizes
+from kvstore.engine.decode_steps import DecodeSteps, GraphCapture, step_sizes
 from kvstore.engine.engine import Engine
 from kvstore.engine.forward import Forward
 from kvstore.engine.loading import LoadedModel
@@ -150,6 +151,19 @@ def test_steps_over_delayed_copies(
         assert [tuple(tokens[r]) for r in numbers] == [expected[n] for n in numbers.values()]
         assert recorded.runs > 20
         assert engine.stats().counters["loaded_blocks"] > 10
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_a_capture_is_on_a_stream_of_its_own_device(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever device torch captured on before. CUDA's calls are recorded, and do nothing."""
+    cuda = mock.MagicMock(Stream=lambda device: mock.MagicMock(device=device))
+    monkeypatch.setattr("kvstore.engine.decode_steps.torch.cuda", cuda)
+    GraphCapture(torch.device(device))(lambda: torch.zeros(1))
+    ((warmed,), _), (_, captured) = cuda.stream.call_args, cuda.graph.call_args
+    assert warmed is captured["stream"]
+    assert warmed.device == torch.device(device)
 
 
 def test_sizes_of_steps() -> None:
