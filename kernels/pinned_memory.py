@@ -13,27 +13,32 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from threading import Lock, Thread
 
+import torch
+
 log = logging.getLogger(__name__)
 
 _PORTABLE = 1  # for all CUDA contexts of the process
 
 
-def _register(start: int, nbytes: int) -> int:
+def _register(start: int, nbytes: int, device: torch.device) -> int:
     # CuPy's, because it clears CUDA's last error; torch would raise it somewhere else later.
     from cupy.cuda import runtime
 
     try:
-        runtime.hostRegister(start, nbytes, _PORTABLE)
+        # A thread's device is the first one until it says otherwise, which may not be ours.
+        with torch.cuda.device(device):
+            runtime.hostRegister(start, nbytes, _PORTABLE)
     except runtime.CUDARuntimeError as error:
         return int(error.status)
     return 0
 
 
-def _unregister(start: int) -> int:
+def _unregister(start: int, device: torch.device) -> int:
     from cupy.cuda import runtime
 
     try:
-        runtime.hostUnregister(start)
+        with torch.cuda.device(device):
+            runtime.hostUnregister(start)
     except runtime.CUDARuntimeError as error:
         return int(error.status)
     return 0
@@ -54,11 +59,11 @@ class PinnedMemory:
 
     def __init__(
         self,
-        register: Callable[[int, int], int] = _register,
-        unregister: Callable[[int], int] = _unregister,
+        register: Callable[[int, int, torch.device], int] = _register,
+        unregister: Callable[[int, torch.device], int] = _unregister,
         aside: Callable[[Callable[[], object]], object] = _aside,
     ) -> None:
-        """The first two take an address, and bytes; they return 0, or CUDA's error.
+        """The first two take an address, bytes, and a device; they return 0, or CUDA's error.
 
         `aside` does what it is given while its caller goes on.
         """
@@ -69,36 +74,36 @@ class PinnedMemory:
         self._registering = Lock()
         self._known: dict[int, bool] = {}  # by id of the object, while it lives: is it pinned?
 
-    def pin(self, memory: memoryview) -> bool:
-        """Whether the device can reach what `memory` is a view of, which is pinned first.
+    def pin(self, memory: memoryview, device: torch.device) -> bool:
+        """Whether `device` can reach what `memory` is a view of, which is pinned first.
 
         Blocks until it is: a second for some GiB. What was refused is tried again.
         """
-        return self._pin(memory.obj)
+        return self._pin(memory.obj, device)
 
-    def holds(self, views: Iterable[memoryview]) -> bool:
-        """Whether the device can reach all of `views` by now. Does not block.
+    def holds(self, views: Iterable[memoryview], device: torch.device) -> bool:
+        """Whether `device` can reach all of `views` by now. Does not block.
 
         Memory that it meets for the first time is pinned meanwhile. What is refused is said
         once, and stays as it is.
         """
-        return all(self._is_pinned(view.obj) for view in views)
+        return all(self._is_pinned(view.obj, device) for view in views)
 
-    def _is_pinned(self, owner: object) -> bool:
+    def _is_pinned(self, owner: object, device: torch.device) -> bool:
         is_pinned = self._known.get(id(owner))
         if is_pinned is None and isinstance(owner, ctypes.Array):
             self._meet(owner)
-            self._aside(partial(self._pin, owner))
+            self._aside(partial(self._pin, owner, device))
             is_pinned = self._known[id(owner)]
         return bool(is_pinned)
 
-    def _pin(self, owner: object) -> bool:
+    def _pin(self, owner: object, device: torch.device) -> bool:
         if not isinstance(owner, ctypes.Array):
             return False
         self._meet(owner)
         with self._registering:
             if not self._known[id(owner)]:  # another thread may have been faster
-                self._known[id(owner)] = self._is_registered(owner)
+                self._known[id(owner)] = self._is_registered(owner, device)
             return self._known[id(owner)]
 
     def _meet(self, owner: ctypes.Array[ctypes.c_char]) -> None:
@@ -106,9 +111,9 @@ class PinnedMemory:
             _before_unmapping(owner, self._known.pop, id(owner), None)
             self._known.setdefault(id(owner), False)
 
-    def _is_registered(self, owner: ctypes.Array[ctypes.c_char]) -> bool:
+    def _is_registered(self, owner: ctypes.Array[ctypes.c_char], device: torch.device) -> bool:
         start, nbytes = ctypes.addressof(owner), ctypes.sizeof(owner)
-        error = self._register(start, nbytes)
+        error = self._register(start, nbytes, device)
         if error:
             log.warning(
                 "CUDA does not pin %d bytes of the cache (error %d): blocks are copied by way "
@@ -117,7 +122,7 @@ class PinnedMemory:
                 error,
             )
             return False
-        _before_unmapping(owner, self._unregister, start)
+        _before_unmapping(owner, self._unregister, start, device)
         return True
 
 

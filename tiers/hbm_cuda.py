@@ -99,9 +99,9 @@ class CudaCopies:
         self._pinned = pinned
         self._outward = outward
         self._inward = inward
-        device = pages.views[0].device
-        self._staged_out = Staging(layout.block_bytes, device)
-        self._staged_in = Staging(layout.block_bytes, device)
+        self._device = pages.views[0].device
+        self._staged_out = Staging(layout.block_bytes, self._device)
+        self._staged_in = Staging(layout.block_bytes, self._device)
 
     @classmethod
     def over(cls, kv: Tensor, layout: BlockLayout) -> CudaCopies:
@@ -123,13 +123,13 @@ class CudaCopies:
 
     def pin(self, memory: memoryview) -> bool:
         """See to it that copies from and to `memory` begin at once. Blocks, for seconds."""
-        return self._pinned.pin(memory)
+        return self._pinned.pin(memory, self._device)
 
     def gated_bytes(self, others_run: bool) -> int:
         return SHARED_WAIT_BYTES if others_run else UNBOUNDED
 
     def copy_out(self, blocks: Sequence[int], views: Sequence[memoryview]) -> CopyEvent:
-        if not self._pinned.holds(views):
+        if not self._pinned.holds(views, self._device):
             return self._staged_out.copy_out(blocks, views, self._start_out)
         (event,) = self._start_out(blocks, views)
         return event
@@ -151,7 +151,7 @@ class CudaCopies:
         parts: Sequence[range],
     ) -> Gates:
         start = partial(self._start_in, copies, parts)
-        if self._pinned.holds(views):
+        if self._pinned.holds(views, self._device):
             return start(blocks, views)
         return self._staged_in.copy_in(blocks, views, start)
 

@@ -77,7 +77,7 @@ def emulated_copies(
         layout,
         DmaCopies(pages, layout.block_tokens, runtime=runtime),
         KernelCopies(pages, layout.block_tokens, runtime=runtime),
-        pinned or PinnedMemory(lambda start, nbytes: 0, lambda start: 0, at_once),
+        pinned or PinnedMemory(lambda start, nbytes, device: 0, lambda start, device: 0, at_once),
         stream(),
         stream(),
     )

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from threading import enumerate as enumerate_threads
@@ -28,6 +29,7 @@ from tests.tiers.emulated_copies import Later, at_once, emulated_copies
 
 LAYOUT = BlockLayout(layers=3, kv_heads=2, head_dim=8, block_tokens=4, dtype="bfloat16")
 BLOCKS = 9
+CPU = torch.device("cpu")
 
 
 class Driver:
@@ -37,15 +39,18 @@ class Driver:
         self.error = error
         self.registered: dict[int, int] = {}
         self.ended_mapped: list[bool] = []
+        self.devices: list[torch.device] = []  # of all calls
 
-    def register(self, start: int, nbytes: int) -> int:
+    def register(self, start: int, nbytes: int, device: torch.device) -> int:
         assert start not in self.registered
+        self.devices.append(device)
         if not self.error:
             self.registered[start] = nbytes
         return self.error
 
-    def unregister(self, start: int) -> int:
+    def unregister(self, start: int, device: torch.device) -> int:
         del self.registered[start]
+        self.devices.append(device)
         self.ended_mapped.append(_is_mapped(start))
         return 0
 
@@ -160,9 +165,9 @@ def test_an_arena_is_pinned_once_and_let_go_before_it_is_unmapped() -> None:
     arena, other = Arena(3 << 20), Arena(1 << 20)
     start = ctypes.addressof(ctypes.c_char.from_buffer(arena.buffer))
     for _ in range(3):
-        assert pinned.holds([*views_of(arena, 2), arena.buffer[8192:].toreadonly()])
+        assert pinned.holds([*views_of(arena, 2), arena.buffer[8192:].toreadonly()], CPU)
     assert driver.registered == {start: 3 << 20}
-    assert pinned.holds([*views_of(arena, 1), *views_of(other, 1)])
+    assert pinned.holds([*views_of(arena, 1), *views_of(other, 1)], CPU)
     assert len(driver.registered) == 2
     view = arena.buffer[5:10]
     arena.close()
@@ -181,7 +186,7 @@ def test_memory_that_is_gone_is_forgotten() -> None:
     pinned = PinnedMemory(driver.register, driver.unregister, at_once)
     for _ in range(20):
         arena = Arena(1 << 20)
-        assert pinned.holds(views_of(arena, 1))
+        assert pinned.holds(views_of(arena, 1), CPU)
         assert len(driver.registered) == 1
         arena.close()
     assert driver.ended_mapped == [True] * 20
@@ -190,8 +195,8 @@ def test_memory_that_is_gone_is_forgotten() -> None:
 def test_other_memory_is_not_pinned() -> None:
     driver = Driver()
     pinned = PinnedMemory(driver.register, driver.unregister, at_once)
-    assert not pinned.holds([memoryview(bytearray(100))])
-    assert pinned.holds([])
+    assert not pinned.holds([memoryview(bytearray(100))], CPU)
+    assert pinned.holds([], CPU)
     assert not driver.registered
 
 
@@ -199,7 +204,7 @@ def test_memory_that_somebody_else_has_pinned_is_not_counted_on() -> None:
     """They may end it while a copy is on its way, and it is theirs to end."""
     driver, arena = Driver(error=712), Arena(1 << 20)
     pinned = PinnedMemory(driver.register, driver.unregister, at_once)
-    assert not pinned.holds(views_of(arena, 2))
+    assert not pinned.holds(views_of(arena, 2), CPU)
     arena.close()
     gc.collect()
     assert driver.ended_mapped == []
@@ -209,14 +214,14 @@ def test_engines_that_start_at_once_register_once() -> None:
     """CUDA pins without the GIL, so another thread comes while it does; and ends it once."""
     driver, arena, results = Driver(), Arena(1 << 20), []
 
-    def register(start: int, nbytes: int) -> int:
+    def register(start: int, nbytes: int, device: torch.device) -> int:
         if not second.ident:  # only when it is wrong does it come here again
             second.start()
             second.join(0.2)  # it would be here by now, and gets on afterwards if it waits
-        return driver.register(start, nbytes)
+        return driver.register(start, nbytes, device)
 
     def ask() -> None:
-        results.append(pinned.pin(arena.buffer))
+        results.append(pinned.pin(arena.buffer, CPU))
 
     pinned = PinnedMemory(register, driver.unregister, at_once)
     second = Thread(target=ask)
@@ -243,7 +248,7 @@ def test_nobody_waits_for_memory_that_comes_later(
     if kv.device.type == "cpu":  # on a device it is the process's own
         (work,) = works
         work()
-        assert pinned.holds(views)
+        assert pinned.holds(views, CPU)
         assert list(driver.registered.values()) == [1 << 20]
 
 
@@ -251,7 +256,7 @@ def test_memory_is_not_unmapped_while_it_is_being_pinned() -> None:
     driver, works = Driver(), list[Callable[[], object]]()
     pinned = PinnedMemory(driver.register, driver.unregister, works.append)
     arena = Arena(1 << 20)
-    assert not pinned.holds(views_of(arena, 1))
+    assert not pinned.holds(views_of(arena, 1), CPU)
     arena.close()
     gc.collect()
     works.pop()()
@@ -259,14 +264,51 @@ def test_memory_is_not_unmapped_while_it_is_being_pinned() -> None:
     assert not driver.registered
 
 
+def test_memory_is_pinned_and_let_go_on_the_device_that_asked() -> None:
+    """Any other would get a context, of some hundred MiB, for it."""
+    second = torch.device("cuda:1")
+    driver = Driver()
+    pinned = PinnedMemory(driver.register, driver.unregister, at_once)
+    at_start, later = Arena(1 << 20), Arena(1 << 20)
+    assert pinned.pin(at_start.buffer, second)
+    assert pinned.holds([later.buffer], second)
+    at_start.close()
+    later.close()
+    assert driver.devices == [second] * 4
+
+
+def test_cuda_is_asked_on_that_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = Arena(1 << 20)
+    runtime = pytest.importorskip("cupy").cuda.runtime
+    current = [torch.device("cuda:0")]
+    calls: list[tuple[str, torch.device]] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    for name in ("hostRegister", "hostUnregister"):
+        monkeypatch.setattr(
+            runtime, name, lambda *args, name=name: calls.append((name, current[-1]))
+        )
+    second = torch.device("cuda:1")
+    assert PinnedMemory().pin(arena.buffer, second)
+    arena.close()
+    gc.collect()
+    assert calls == [("hostRegister", second), ("hostUnregister", second)]
+
+
 def test_pinning_aside() -> None:
     driver, arena = Driver(), Arena(1 << 20)
     pinned = PinnedMemory(driver.register, driver.unregister)
-    pinned.holds(views_of(arena, 1))
+    pinned.holds(views_of(arena, 1), CPU)
     for thread in enumerate_threads():
         if thread.name == "kvstore-pin":
             thread.join()
-    assert pinned.holds(views_of(arena, 1))
+    assert pinned.holds(views_of(arena, 1), CPU)
     arena.close()
     gc.collect()
     assert driver.ended_mapped == [True]
@@ -276,7 +318,7 @@ def test_what_is_refused_is_said_once(caplog: pytest.LogCaptureFixture, arena: A
     driver = Driver(error=2)
     pinned = PinnedMemory(driver.register, driver.unregister, at_once)
     for _ in range(3):
-        assert not pinned.holds(views_of(arena, 2))
+        assert not pinned.holds(views_of(arena, 2), CPU)
     assert len(caplog.records) == 1
     assert "1048576 bytes" in caplog.text
 
