@@ -114,7 +114,7 @@ FULL = Sizes(
     block_tokens=16,
     rounds=7,
     engine_rounds=5,
-    time_limit_s=300,
+    time_limit_s=325,
     copy_bytes=GiB,
     copy_block_tokens=(16, 64, 256),
     decode_shapes=(DecodeShape(64, 4096), DecodeShape(8, 32_768)),
@@ -137,7 +137,7 @@ FULL = Sizes(
     question_tokens=32,
     answer_tokens=(32, 128),
     at_once=(4, 8, 16),
-    session_run_s=8.0,
+    session_run_s=6.0,
     think_s=60.0,
 )
 TINY = Sizes(

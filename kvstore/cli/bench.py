@@ -39,11 +39,11 @@ def bench() -> None:
 def gpu(names: tuple[str, ...], device: str, directory: Path, quick: bool, as_json: bool) -> int:
     """Measure what a GPU does, each figure beside its ceiling in the same run.
 
-    Copies of pages to pinned RAM and back, alone and beside decoding; decode
-    attention; decoding with and without offload; the time to the first token of a long prompt from
+    Copies of pages to pinned RAM and back; decode attention; decoding, beside such
+    copies, and with and without offload; the time to the first token of a long prompt from
     RAM and from NVMe; sessions served. A model of Llama-3.1-8B's shape with random
     weights, 16-token blocks. Planned to take less than 8 minutes on an H100 with 64 GB of
-    RAM free: nothing is begun after 5. What there is no time or no room for is listed
+    RAM free: nothing is begun after 5 and a half. What there is no time or no room for is listed
     as not measured.
 
     NAME is one of copies, attention, decode, prompts, sessions, or one part of it;
