@@ -81,9 +81,9 @@ class DecodeBuffers:
             block_tokens=self._block_tokens,
         )
 
-    def in_order(self, results: Tensor) -> Tensor:
-        """Rows of `results` in the order of the sequences that were filled in."""
-        return results.index_select(0, self._numbers[_ROW, : len(results)])
+    def in_order(self, results: Tensor, out: Tensor) -> Tensor:
+        """Rows of `results`, in the order of the sequences that were filled in, to `out`."""
+        return torch.index_select(results, 0, self._numbers[_ROW, : len(results)], out=out)
 
     def _place(self, sequences: Sequence[TokenSequence]) -> None:
         """A row below their number for each; who has one of these keeps it."""

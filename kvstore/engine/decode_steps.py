@@ -85,6 +85,8 @@ class DecodeSteps:
         longest = -(-decoder.config.context_tokens // block_tokens)
         self._buffers = DecodeBuffers(sizes[-1], min(longest, blocks), block_tokens, decoder.device)
         self._attention = attention  # its workspace is in the graphs
+        # Of all sizes, since what a graph returns can never be used by another.
+        self._logits = torch.zeros((sizes[-1], decoder.config.vocab_size), device=decoder.device)
         self._steps: dict[int, Callable[[], Tensor]] = {}
         for size in reversed(sizes):  # the largest first: the others fit into its memory
             self._steps[size] = self._captured(decoder, kv, capture, size)
@@ -101,10 +103,10 @@ class DecodeSteps:
     def _captured(
         self, decoder: Decoder, kv: Tensor, capture: Capture, size: int
     ) -> Callable[[], Tensor]:
-        buffers, attention = self._buffers, self._attention
+        buffers, attention, out = self._buffers, self._attention, self._logits[:size]
 
         @torch.inference_mode()
         def compute() -> Tensor:
-            return buffers.in_order(decoder.decode(buffers.rows(size), kv, attention))
+            return buffers.in_order(decoder.decode(buffers.rows(size), kv, attention), out)
 
         return capture(compute)

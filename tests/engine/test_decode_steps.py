@@ -166,6 +166,23 @@ def test_a_capture_is_on_a_stream_of_its_own_device(
     assert warmed.device == torch.device(device)
 
 
+def test_steps_of_all_sizes_leave_their_logits_in_one_place(tiny: LoadedModel) -> None:
+    """A graph's own memory is the graph's for ever."""
+    returned: list[Tensor] = []
+
+    def capture(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        returned.append(compute())
+        return compute
+
+    kv = torch.zeros(2, 2, 2, 8 * BLOCK_TOKENS, 16)
+    attention = HostAttention(tiny.config, kv.device)
+    DecodeSteps(tiny.decoder, kv, attention, capture, max_batch=20, block_tokens=BLOCK_TOKENS)
+    assert [len(logits) for logits in returned] == [24, 16, 8, 4]
+    storages = {logits.untyped_storage().data_ptr() for logits in returned}
+    assert storages == {returned[0].data_ptr()}
+    assert returned[0].untyped_storage().nbytes() == returned[0].nbytes
+
+
 def test_sizes_of_steps() -> None:
     assert step_sizes(1) == [4]
     assert step_sizes(5) == [4, 8]
@@ -194,7 +211,8 @@ def test_buffers_hold_what_the_sequences_have(tiny: LoadedModel) -> None:
         buffers.fill(running)
         size = len(running) + chance.randrange(9 - len(running))
         rows = buffers.rows(size)
-        order = buffers.in_order(torch.arange(size))[: len(running)].tolist()
+        out = torch.zeros(size, dtype=torch.int64)
+        order = buffers.in_order(torch.arange(size), out)[: len(running)].tolist()
         assert sorted(order) == list(range(len(running)))
         for row, sequence in zip(order, running, strict=True):
             position = sequence.computed_tokens
