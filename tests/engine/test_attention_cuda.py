@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,15 @@ from kvstore.engine.naming import namespace_of
 from kvstore.engine.sampling import SamplingParams
 from kvstore.kernels import reference
 from kvstore.kernels.cuda_module import CudaRuntime, Runtime
+from kvstore.kernels.pinned_memory import PinnedMemory
 from kvstore.kernels.quantise import LARGEST, quantise
 from kvstore.store import BlockStore
 from kvstore.tiers.hbm import TORCH_DTYPE
+from kvstore.tiers.hbm_cuda import CudaStream
 from kvstore.tiers.ram import RamTier
 from tests.engine.tiny import tiny_model
 from tests.kernels.emulator import EmulatedRuntime
-from tests.tiers.emulated_copies import emulated_copies
+from tests.tiers.emulated_copies import Later, at_once, emulated_copies
 
 BLOCK_TOKENS = 16
 PROMPTS = [[i * 7 % 256 for i in range(50)], [200, 3, 17], [i * 31 % 256 for i in range(71)]]
@@ -214,6 +217,30 @@ def test_offload_changes_no_token(
         BlockStore(RamTier(4 << 20)) as store,
         engine_of(model, runtime, store, blocks=blocks, kv_dtype=kv_dtype) as engine,
     ):
+        for _ in range(2):
+            assert answers(engine) == right
+            engine.clear_hbm()
+        counters = engine.stats().counters
+        assert counters["loaded_blocks"] > 0
+        assert "store_errors" not in counters
+
+
+@pytest.mark.parametrize("blocks", [8, 64])
+def test_memory_that_cannot_be_pinned_changes_no_token(
+    model: LoadedModel, runtime: Runtime, blocks: int
+) -> None:
+    """Copies are over when someone waits for them, or on a device when it is through."""
+    refusing = PinnedMemory(lambda start, nbytes, device: 2, aside=at_once)
+    with engine_of(model, runtime) as engine:
+        right = answers(engine)
+    with (
+        BlockStore(RamTier(4 << 20)) as store,
+        engine_of(model, runtime, store, blocks=blocks) as engine,
+    ):
+        hbm = engine._loop.hbm
+        is_cuda = hbm.kv.device.type == "cuda"
+        stream = partial(CudaStream, hbm.kv.device) if is_cuda else Later
+        hbm.copies = emulated_copies(hbm.kv, hbm.layout, runtime, refusing, stream)
         for _ in range(2):
             assert answers(engine) == right
             engine.clear_hbm()
