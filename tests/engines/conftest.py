@@ -38,15 +38,24 @@ def vllm_python() -> Path:
 
 
 @pytest.fixture(scope="session")
-def sglang() -> Iterator[Worker]:
-    """SGLang's HiCache in a process of its own; it takes long to import."""
-    python = _python("sglang")
-    environment = {
-        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",  # ninja, which it calls
+def sglang_python() -> Path:
+    return _python("sglang")
+
+
+@pytest.fixture(scope="session")
+def sglang_environment(sglang_python: Path) -> dict[str, str]:
+    return {
+        "PATH": f"{sglang_python.parent}{os.pathsep}{os.environ['PATH']}",  # ninja, which it calls
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    with Worker(python, "tests.engines.sglang_process", env=environment) as worker:
+
+
+@pytest.fixture(scope="session")
+def sglang(sglang_python: Path, sglang_environment: dict[str, str]) -> Iterator[Worker]:
+    """SGLang's HiCache in a process of its own; it takes long to import."""
+    module = "tests.engines.sglang_process"
+    with Worker(sglang_python, module, env=sglang_environment) as worker:
         yield worker
 
 
