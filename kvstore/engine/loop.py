@@ -15,6 +15,7 @@ from kvstore.engine.offload import Offload
 from kvstore.engine.output import Delta, EngineStats
 from kvstore.engine.request import Request
 from kvstore.engine.sampling import Sampler, draw_all
+from kvstore.engine.sampling_device import rows_of
 from kvstore.engine.scheduler import Piece, Scheduler
 from kvstore.engine.sequence import Phase, TokenSequence
 from kvstore.errors import InvariantError
@@ -158,7 +159,7 @@ class Loop:
             own = generations[sequence.index : sequence.index + sequence.width]
             samplers += [generation.sampler for generation in own]
             rows += [row] * len(own)
-        return draw_all(samplers, logits[rows] if len(rows) > len(sequences) else logits)
+        return draw_all(samplers, rows_of(logits, rows) if len(rows) > len(sequences) else logits)
 
     def _accept(self, sequence: TokenSequence, token: int) -> Delta:
         """A sequence has its next token: pass it on, and see whether it was the last."""

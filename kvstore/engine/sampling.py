@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvstore.engine.sampling_device import Draw, can_draw, draw_rows
+from kvstore.engine.sampling_device import Draw, can_draw, draw_rows, rows_of
 from kvstore.engine.sampling_params import SamplingParams as SamplingParams
 
 # Candidates that top-p looks at before it sorts the whole vocabulary.
@@ -124,7 +124,7 @@ def _draw_there(
     rows = [row for row, sampler in enumerate(samplers) if can_draw(sampler.params)]
     if rows:
         draws = [Draw(samplers[row].params, points[row]) for row in rows]
-        some = logits if len(rows) == len(samplers) else logits[rows]
+        some = logits if len(rows) == len(samplers) else rows_of(logits, rows)
         for row, token in zip(rows, draw_rows(draws, some), strict=True):
             drawn[row] = token
     return drawn

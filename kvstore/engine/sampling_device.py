@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kvstore.engine.batch import to_device
 from kvstore.engine.sampling_params import SamplingParams
 
 CANDIDATES = 1024
@@ -36,14 +38,22 @@ def draw_rows(draws: Sequence[Draw], logits: Tensor) -> list[int | None]:
     None where CANDIDATES were too few. Waits for the device once. The same draws give the same
     tokens whatever the other rows are.
     """
-    values = torch.tensor(
-        [
-            (d.params.temperature, d.params.top_k, d.params.top_p, d.params.min_p, d.point)
-            for d in draws
-        ],
-        dtype=torch.float64,
-    ).to(logits.device)
-    temperature, top_k, top_p, min_p, point = values.unbind(1)
+    return [None if token < 0 else token for token in _drawn(draws, logits).tolist()]
+
+
+def rows_of(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows of logits, copied. Does not wait for the device."""
+    return logits.index_select(0, to_device(np.array(rows, dtype=np.int64), logits.device))
+
+
+def _drawn(draws: Sequence[Draw], logits: Tensor) -> Tensor:
+    """int64 [rows], -1 for None. Does not wait for the device."""
+    values = [
+        (d.params.temperature, d.params.top_k, d.params.top_p, d.params.min_p, d.point)
+        for d in draws
+    ]
+    there = to_device(np.array(values, dtype=np.float64), logits.device)
+    temperature, top_k, top_p, min_p, point = there.unbind(1)
     wide = logits.double()
     greedy = temperature == 0
     scale = torch.where(greedy, 1.0, temperature)[:, None]
@@ -51,14 +61,14 @@ def draw_rows(draws: Sequence[Draw], logits: Tensor) -> list[int | None]:
     drawn = torch.where(greedy, logits.argmax(1), -1)
     free = [not d.params.greedy and not _is_cut(d.params, weights.shape[1]) for d in draws]
     if any(free):  # all tokens are candidates, in the vocabulary's order
-        rows = torch.tensor(free).to(logits.device)
+        rows = to_device(np.array(free), logits.device)
         drawn = torch.where(rows, _at(weights, min_p, point), drawn)
     if not all(f or d.params.greedy for f, d in zip(free, draws, strict=True)):
         tokens, best, enough = _candidates(weights, top_k, top_p)
         places = _at(best, min_p, point)
         cut = (drawn < 0) & enough
         drawn = torch.where(cut, tokens.gather(1, places[:, None])[:, 0], drawn)
-    return [None if token < 0 else token for token in drawn.tolist()]
+    return drawn
 
 
 def _is_cut(params: SamplingParams, vocabulary: int) -> bool:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from kvstore.engine.sampling import Sampler, SamplingParams, draw_all
-from kvstore.engine.sampling_device import CANDIDATES, Draw, can_draw, draw_rows
+from kvstore.engine.sampling_device import CANDIDATES, Draw, _drawn, can_draw, draw_rows, rows_of
 
 VOCAB = 3000
 
@@ -80,6 +81,51 @@ def test_penalties_and_very_long_cuts_are_drawn_on_the_cpu() -> None:
     assert can_draw(SamplingParams(temperature=1, top_p=0.9))
     assert not can_draw(SamplingParams(temperature=1, frequency_penalty=0.5))
     assert not can_draw(SamplingParams(temperature=1, top_k=CANDIDATES + 1))
+
+
+KINDS = [
+    SamplingParams(),
+    SamplingParams(temperature=0.8, seed=1, top_p=0.9),
+    SamplingParams(temperature=0.8, seed=2, top_k=5),
+    SamplingParams(temperature=0.8, seed=3),
+]
+
+
+class Waits(TorchFunctionMode):
+    """Notes the calls by which a host would wait for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        name = getattr(func, "__name__", "")
+        by_list = name == "__getitem__" and isinstance(args[1], list)
+        if by_list or name in {"tensor", "tolist", "item", "cpu", "nonzero", "__bool__"}:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_the_tokens_alone() -> None:
+    """What goes to the device goes by `to_device`, from pinned memory."""
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(4))
+    draws = [Draw(params, 0.5) for params in KINDS]
+    with Waits() as waits:
+        draw_rows([draws[row] for row in (2, 0, 3)], rows_of(logits, [2, 0, 3]))
+        draw_rows(draws, logits)
+    assert waits.seen == ["tolist", "tolist"]
+
+
+@pytest.mark.gpu
+def test_a_device_agrees_that_nothing_waits() -> None:
+    logits = torch.randn(4, VOCAB, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _drawn([Draw(params, 0.5) for params in KINDS], rows_of(logits, range(4)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
