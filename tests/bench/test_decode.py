@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import pytest
+import torch
+from torch import Tensor
 
 from kvstore import compose
 from kvstore.bench import decode
 from kvstore.bench.asking import fresh_tokens
 from kvstore.bench.benchmark import Bench
+from kvstore.bench.card import Work
 from kvstore.bench.rows import Row
 from kvstore.bench.sizes import TINY
+from kvstore.engine.decode_steps import Capture
 from kvstore.engine.naming import namespace_of
 from kvstore.hashing import TokenChain
+from kvstore.kernels.cuda_module import Runtime
 from kvstore.store import BlockStore
+from tests.bench.cpu_card import CpuCard
 
 
 def test_every_block_that_fills_is_offloaded(bench: Bench) -> None:
@@ -39,3 +48,38 @@ def test_a_store_that_takes_but_a_part_makes_no_figure(
     monkeypatch.setattr(compose, "open", full)
     with pytest.raises(RuntimeError, match="blocks were offloaded, and 30 had become full"):
         list(decode.measure_offload(bench))
+
+
+class Noting(CpuCard):
+    """Of what is measured: results, how much runs beside them, and whether it was captured."""
+
+    def __init__(self, runtime: Runtime | None) -> None:
+        super().__init__(runtime)
+        self.replayed = 0
+        self.beside: list[tuple[torch.Size, int, int]] = []
+
+    def capture(self) -> Capture:
+        def replays(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            def replay() -> Tensor:
+                self.replayed += 1
+                return compute()
+
+            return replay
+
+        return replays
+
+    def seconds_beside(self, work: Work, company: Sequence[Work]) -> float:
+        before, logits = self.replayed, work()
+        assert isinstance(logits, Tensor)
+        self.beside.append((logits.shape, self.replayed - before, len(company)))
+        return super().seconds_beside(work, company)
+
+
+def test_beside_copies_a_graph_is_replayed_in_which_all_decode(
+    card: CpuCard, tmp_path: Path
+) -> None:
+    noting = Noting(card.runtime)
+    assert len(list(decode.measure_beside(Bench(noting, TINY, tmp_path)))) == 3
+    logits = torch.Size((TINY.beside.batch, TINY.model.vocab_size))
+    # To RAM, from it, and both; a round that is dropped, and one that counts.
+    assert noting.beside == [(logits, 1, company) for company in (1, 1, 2)] * 2
