@@ -98,6 +98,24 @@ def test_there_is_memory_for_as_much_as_was_said() -> None:
     assert len(pages.memory) == 4
 
 
+def test_a_copy_whose_end_is_an_error_is_never_over() -> None:
+    class Failed:
+        def done(self) -> bool:
+            return True
+
+        def wait(self) -> None:
+            raise RuntimeError("the device is lost")
+
+        def precede_compute(self) -> None:
+            raise NotImplementedError
+
+    staging = Staging(SIZE, CPU, 4 * SIZE)
+    event = staging.copy_out([0], views_of(1), lambda blocks, buffers: [Failed()])
+    for ask in (event.done, event.wait, event.done):
+        with pytest.raises(RuntimeError):
+            ask()
+
+
 def test_a_block_larger_than_all() -> None:
     pages, staging = Pages(3), Staging(SIZE, CPU, SIZE // 2)
     views = views_of(3)
