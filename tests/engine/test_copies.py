@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ from kvstore.engine.sampling import SamplingParams
 from kvstore.engine.sequence import Phase
 from kvstore.hashing import TokenChain
 from kvstore.store import BlockStore
-from kvstore.tiers.hbm_copies import UNBOUNDED
+from kvstore.tiers.hbm import HbmTier
+from kvstore.tiers.hbm_copies import UNBOUNDED, CopyEvent, HostCopies
 from kvstore.tiers.ram import RamTier
 from tests.engine.delayed import DelayedCopies
 from tests.engine.reference import (
@@ -248,6 +250,46 @@ def test_any_order_of_copies_gives_the_same_answers_and_blocks(
         assert engine.stats().counters["loaded_blocks"] > 20
         assert engine.stats().preemptions > 0
         assert "store_errors" not in engine.stats().counters
+        _check_blocks(tiny, store, expected)
+
+
+class Failing(HostCopies):
+    """Copies of which some get half way, and leave behind what is no KV."""
+
+    def __init__(self, hbm: HbmTier, chance: random.Random) -> None:
+        super().__init__(hbm.kv, hbm.layout)
+        self._hbm, self._chance = hbm, chance
+        hbm.copies = self
+
+    def copy_out(self, blocks: Sequence[int], views: Sequence[memoryview]) -> CopyEvent:
+        if self._chance.random() < 0.3:
+            views[0][:] = b"\xa5" * len(views[0])
+            raise MemoryError("half way out")
+        return super().copy_out(blocks, views)
+
+    def copy_in(self, blocks: Sequence[int], views: Sequence[memoryview]) -> CopyEvent:
+        if self._chance.random() < 0.3:
+            tokens = self._hbm.layout.block_tokens
+            self._hbm.kv[:, :, :, blocks[0] * tokens : (blocks[0] + 1) * tokens] = torch.nan
+            raise MemoryError("half way in")
+        return super().copy_in(blocks, views)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_that_cannot_be_started_cost_hits_and_nothing_else(
+    tiny: LoadedModel, expected: list[tuple[int, ...]], seed: int
+) -> None:
+    with (
+        BlockStore(RamTier(60 * SLOT_BYTES)) as store,
+        engine_over(tiny, store, blocks=32, max_batch=4) as engine,
+    ):
+        Failing(engine._loop.hbm, random.Random(seed))
+        traffic = Traffic(engine, store, seed, expected)
+        traffic.run(200, lambda chance: None)
+        traffic.check()
+        counters = engine.stats().counters
+        assert min(counters["store_errors"], counters["loaded_blocks"]) > 10
+        assert store.stats().ram["pinned_blocks"] == 0
         _check_blocks(tiny, store, expected)
 
 
