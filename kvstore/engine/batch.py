@@ -15,17 +15,12 @@ from torch import Tensor
 CPU = torch.device("cpu")
 
 
-def pinned(host: Tensor, device: torch.device) -> Tensor:
-    """What a CUDA device reads by itself: a copy of `host`, or for others `host` as it is."""
-    if device.type != "cuda" or not len(host):
-        return host
-    with torch.cuda.device(device):  # torch would start the thread's own device for it
-        return host.pin_memory()
-
-
 def to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
     """A tensor of `values`, which are not to be changed any more. Does not wait for the device."""
-    return pinned(torch.from_numpy(values), device).to(device, non_blocking=True)
+    host = torch.from_numpy(values)
+    if device.type != "cuda" or not len(host):
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvstore.engine.batch import DecodeRows, pinned, to_device
+from kvstore.engine.batch import DecodeRows, to_device
 from kvstore.engine.sequence import TokenSequence
 
 _TOKEN, _POSITION, _SLOT, _LENGTH, _ENTRY, _BLOCK, _ROW = range(7)
@@ -33,7 +33,9 @@ class DecodeBuffers:
         self.max_rows = max_rows
         self._max_blocks = max_blocks
         self._block_tokens = block_tokens
-        self._staged = pinned(torch.zeros((7, max_rows), dtype=torch.int64), device)
+        self._staged = torch.zeros((7, max_rows), dtype=torch.int64)
+        if device.type == "cuda":
+            self._staged = self._staged.pin_memory()
         self._host = self._staged.numpy()
         self._clear(0)
         self._numbers = self._staged.to(device, copy=True)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 
-from kvstore.engine.batch import Batch, SequenceSpan, pinned
+from kvstore.engine.batch import Batch, SequenceSpan
 from kvstore.engine.loading import LoadedModel, load
 
 SPANS = [
@@ -16,17 +14,6 @@ SPANS = [
     SequenceSpan(6, 0, [2, 5]),
 ]
 TOKENS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
-
-
-def test_memory_for_a_device_is_pinned_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not on the thread's device, which may be another. CUDA's calls are noted, and do nothing."""
-    device, calls = torch.device("cuda:1"), mock.MagicMock()
-    monkeypatch.setattr("kvstore.engine.batch.torch.cuda.device", calls.device)
-    calls.host.__len__.return_value = 3
-    pinned(calls.host, device)
-    names = [name for name, _, _ in calls.mock_calls if "__len__" not in name]
-    assert names == ["device", "device().__enter__", "host.pin_memory", "device().__exit__"]
-    assert calls.device.call_args == mock.call(device)
 
 
 def test_rows_lie_where_the_block_tables_say() -> None:
