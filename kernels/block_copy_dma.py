@@ -8,52 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kvstore.errors import LayoutError
-from kvstore.kernels.block_copy_cuda import (
-    BlockFormat,
-    Buffers,
-    KernelCopies,
-    addresses,
-    checked_runs,
-    part_of,
-)
-from kvstore.kernels.cuda_module import Rows, Runtime, runtime_of
+from kvstore.kernels.block_copies import BlockCopies, BlockFormat, Buffers
+from kvstore.kernels.block_copy_cuda import KernelCopies
+from kvstore.kernels.cuda_module import Rows, Runtime
 from kvstore.kernels.paged_tensors import PagedTensors, steps
 
 REPEATS = 5
 MAX_PITCH_BYTES = (1 << 31) - 1  # of all CUDA devices so far (cudaDevAttrMaxPitch)
 
 
-class BlockCopies(Protocol):
-    """One way of copying between pages and buffers; `KernelCopies` says what the verbs do."""
-
-    def copy_out(
-        self,
-        runs: Sequence[int],
-        buffers: Buffers,
-        *,
-        layers: range | None = None,
-        heads: range | None = None,
-    ) -> None: ...
-
-    def copy_in(
-        self,
-        runs: Sequence[int],
-        buffers: Buffers,
-        *,
-        layers: range | None = None,
-        heads: range | None = None,
-    ) -> None: ...
-
-
-class DmaCopies:
-    """Copies of bits by DMA, on torch's current stream. See `KernelCopies` for who owns what.
+class DmaCopies(BlockCopies):
+    """Copies of bits by DMA.
 
     For pages like the HBM tier's: the tokens of a page are contiguous in a head, and all layers
     of K and V lie at one distance, which is less than 2 GiB.
@@ -63,9 +35,7 @@ class DmaCopies:
         self, pages: PagedTensors, block_tokens: int, *, runtime: Runtime | None = None
     ) -> None:
         """Raises LayoutError for pages that are not like this."""
-        self.pages = pages
-        self.format = BlockFormat(pages, block_tokens, pages.views[0].dtype)
-        self._runtime = runtime or runtime_of(pages.views[0])
+        super().__init__(pages, BlockFormat(pages, block_tokens, pages.views[0].dtype), runtime)
         first, second = (view.data_ptr() for view in pages.views[:2])
         self._pitch = second - first
         even = all(
@@ -81,41 +51,15 @@ class DmaCopies:
                 f"not {self._pitch}; use the kernel"
             )
 
-    def copy_out(
+    def _start(
         self,
-        runs: Sequence[int],
-        buffers: Buffers,
-        *,
-        layers: range | None = None,
-        heads: range | None = None,
-    ) -> None:
-        self._copy(runs, buffers, layers, heads, out=True)
-
-    def copy_in(
-        self,
-        runs: Sequence[int],
-        buffers: Buffers,
-        *,
-        layers: range | None = None,
-        heads: range | None = None,
-    ) -> None:
-        self._copy(runs, buffers, layers, heads, out=False)
-
-    def _copy(
-        self,
-        runs: Sequence[int],
-        buffers: Buffers,
-        layers: range | None,
-        heads: range | None,
+        slots: NDArray[np.int32],
+        where: NDArray[np.uint64],
+        layers: range,
+        heads: range,
         out: bool,
     ) -> None:
-        if not len(buffers):
-            return
-        layers = part_of(layers, self.pages.layers, "layers")
-        heads = part_of(heads, self.pages.shape[1], "heads")
         tokens = self.format.block_tokens
-        slots = checked_runs(runs, len(buffers), self.pages, tokens, out)
-        where = addresses(buffers, len(heads) * self.format.head_bytes, self.pages, out)
         token_bytes = self.pages.shape[3] * self.format.dtype.itemsize
         width = tokens // slots.shape[1] * token_bytes
         in_buffer, in_pages, rows = self._rectangles(layers, heads)

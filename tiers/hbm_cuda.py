@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import SettingsError
-from kvstore.kernels.block_copy_cuda import LIMIT, Buffer, KernelCopies, addresses
-from kvstore.kernels.block_copy_dma import BlockCopies, fastest, ways_of
+from kvstore.kernels.block_copies import LIMIT, BlockCopies, Buffer, addresses
+from kvstore.kernels.block_copy_cuda import KernelCopies
+from kvstore.kernels.block_copy_dma import fastest, ways_of
 from kvstore.kernels.paged_tensors import PagedTensors, paged, runs_of
 from kvstore.kernels.pinned_memory import PINNED, PinnedMemory
 from kvstore.layout import BlockLayout

@@ -13,8 +13,8 @@ from torch import Tensor
 from kvstore.engine.decode_steps import Capture, GraphCapture
 from kvstore.engine.device_name import torch_device
 from kvstore.errors import SettingsError
+from kvstore.kernels.block_copies import BlockCopies
 from kvstore.kernels.block_copy_cuda import KernelCopies
-from kvstore.kernels.block_copy_dma import BlockCopies
 from kvstore.kernels.cuda_module import Runtime
 from kvstore.kernels.paged_tensors import PagedTensors
 from kvstore.layout import BlockLayout

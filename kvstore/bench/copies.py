@@ -17,8 +17,9 @@ from kvstore.bench.pages import random_kv, shuffled
 from kvstore.bench.rows import Row, Unmeasured
 from kvstore.bench.sizes import token_bytes
 from kvstore.bench.turns import rates
-from kvstore.kernels.block_copy_cuda import KernelCopies, addresses
-from kvstore.kernels.block_copy_dma import BlockCopies, DmaCopies
+from kvstore.kernels.block_copies import BlockCopies, addresses
+from kvstore.kernels.block_copy_cuda import KernelCopies
+from kvstore.kernels.block_copy_dma import DmaCopies
 from kvstore.kernels.paged_tensors import paged, runs_of
 from kvstore.layout import BlockLayout
 from kvstore.quantities import format_size

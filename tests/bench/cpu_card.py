@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kvstore.bench.card import Work
 from kvstore.engine.decode_steps import Capture, as_it_is
+from kvstore.kernels.block_copies import BlockCopies
 from kvstore.kernels.block_copy_cuda import KernelCopies
-from kvstore.kernels.block_copy_dma import BlockCopies
 from kvstore.kernels.cuda_module import Runtime
 from kvstore.kernels.paged_tensors import PagedTensors
 from kvstore.layout import BlockLayout

@@ -12,7 +12,7 @@ from kvstore.bench.gpu import catalogue, facts, select
 from kvstore.bench.rows import NotHereError, Row, Unmeasured
 from kvstore.bench.sizes import FULL, TINY
 from kvstore.errors import InputError
-from kvstore.kernels.block_copy_dma import BlockCopies
+from kvstore.kernels.block_copies import BlockCopies
 from kvstore.kernels.cuda_module import Runtime
 from kvstore.kernels.paged_tensors import PagedTensors
 from kvstore.layout import BlockLayout

@@ -11,8 +11,9 @@ from torch import Tensor
 from kvstore.connectors.page_views import page_views
 from kvstore.errors import LayoutError
 from kvstore.kernels import block_copy_reference as reference
+from kvstore.kernels.block_copies import BlockCopies
 from kvstore.kernels.block_copy_cuda import KernelCopies
-from kvstore.kernels.block_copy_dma import BlockCopies, DmaCopies, fastest, ways_of
+from kvstore.kernels.block_copy_dma import DmaCopies, fastest, ways_of
 from kvstore.kernels.cuda_module import Runtime, runtime_of
 from kvstore.kernels.paged_tensors import paged, runs_of
 from tests.kernels.copying import Case, Memory, on_device, random_case
