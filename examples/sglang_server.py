@@ -21,7 +21,7 @@ CHECKED_PAGES = 4
 
 def settings(model: str, cache: str) -> dict[str, object]:
     """What --hicache-storage-backend-extra-config says."""
-    own = {"ram_bytes": "1 GiB", "nvme_path": cache, "nvme_bytes": "10 GiB"}
+    own = {"ram_bytes": "1 GiB", "nvme_path": cache, "nvme_bytes": "2 GiB"}
     return {
         "backend_name": "kvstore",
         "module_path": "kvstore.connectors.sglang",
