@@ -1,4 +1,4 @@
-"""Load or recompute: how many leading blocks are worth fetching.
+"""Load or recompute: how many leading blocks are worth fetching, and which to compute meanwhile.
 
 A plan is a value; carrying it out is the store's and the engine's work.
 """
@@ -9,10 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 DECAY = 0.9  # weight of the past at each new observation: about the last ten count
 DEADLINE_SLACK = 1.5  # how much longer than recomputing a load may take before it is given up
 MIN_DEADLINE_S = 0.05  # below this, a deadline measures the scheduler and not the tier
+# Computing what could be loaded has to save this share of the time to first token, or it is not
+# worth the work.
+MEETING_SAVES = 0.1
 
 
 class LinearCost:
@@ -72,11 +76,26 @@ def prefill_seconds(cost: LinearCost, start: int, stop: int) -> float | None:
     return cost.seconds(tokens, tokens * (start + stop) / 2)
 
 
+class Meeting(NamedTuple):
+    """Load all blocks but those of `computed`, and compute these meanwhile.
+
+    Give up on what is loaded after `deadline_s`.
+    """
+
+    computed: range
+    deadline_s: float
+
+
 class Plan(NamedTuple):
-    """Load `blocks` leading blocks; give up on them after `deadline_s` (None: no bound known)."""
+    """Load `blocks` leading blocks; give up on them after `deadline_s` (None: no bound known).
+
+    `meeting` is there where it would be clearly quicker. It is for an engine that can do both at
+    once, and has nothing else to compute.
+    """
 
     blocks: int
     deadline_s: float | None
+    meeting: Meeting | None = None
 
 
 def plan_load(
@@ -100,7 +119,34 @@ def plan_load(
     whole = prefill_seconds(prefill, start_token, prompt_tokens)
     if whole is None or any(not load[tier].observations for tier in set(sources) if tier in load):
         return Plan(len(sources), None if whole is None else _deadline(whole))
-    counts = np.arange(len(sources) + 1)
+    loading = _loading_s(sources, block_bytes, load, queued_bytes)
+    starts = start_token + np.arange(len(sources) + 1) * block_tokens
+    left = np.maximum(prompt_tokens - starts, 0)
+    per_token_s, per_position_s = prefill.coefficients()
+    # After the first i blocks.
+    computing = left * per_token_s + left * (starts + prompt_tokens) / 2 * per_position_s
+    total = loading + computing
+    best = int(len(total) - 1 - np.argmin(total[::-1]))  # of equals, the one that loads most
+    free = next((i for i, source in enumerate(sources) if source in load), len(sources))
+    # The first `free` blocks cost nothing. From there to block i it is computed, and from i loaded.
+    loading_after = _loading_s(sources[::-1], block_bytes, load, queued_bytes)[::-1]
+    both = np.maximum(computing[free] - computing, loading_after)[free:] + computing[-1]
+    met = free + int(np.argmin(both))
+    meeting = None
+    if free < met < len(sources) and both[met - free] < (1 - MEETING_SAVES) * total[best]:
+        meeting = Meeting(range(free, met), _deadline(float(computing[0] - computing[-1])))
+    if best == 0:
+        return Plan(0, None, meeting)
+    return Plan(best, _deadline(float(computing[0] - computing[best])), meeting)
+
+
+def _loading_s(
+    sources: Sequence[str],
+    block_bytes: int,
+    load: Mapping[str, LinearCost],
+    queued_bytes: Mapping[str, int],
+) -> NDArray[np.float64]:
+    """Seconds to load the first i blocks, for i from 0 to all of them."""
     loading = np.zeros(len(sources) + 1)
     for tier in set(sources):
         if tier not in load:
@@ -110,15 +156,7 @@ def plan_load(
         waiting = queued_bytes.get(tier, 0) * s_per_byte
         loading += np.where(blocks > 0, latency_s + waiting, 0.0)
         loading += blocks * block_bytes * s_per_byte
-    starts = start_token + counts * block_tokens
-    left = np.maximum(prompt_tokens - starts, 0)
-    per_token_s, per_position_s = prefill.coefficients()
-    computing = left * per_token_s + left * (starts + prompt_tokens) / 2 * per_position_s
-    total = loading + computing
-    best = int(len(total) - 1 - np.argmin(total[::-1]))  # of equals, the one that loads most
-    if best == 0:
-        return Plan(0, None)
-    return Plan(best, _deadline(float(total[0] - computing[best])))
+    return loading
 
 
 def _deadline(recompute_s: float) -> float:

@@ -14,7 +14,7 @@ from kvstore import compose
 from kvstore.bench.asking import first_token, fresh_tokens
 from kvstore.bench.benchmark import Bench
 from kvstore.bench.drive import Drive, reading
-from kvstore.bench.rows import Row, Unmeasured
+from kvstore.bench.rows import Row
 from kvstore.bench.sizes import token_bytes
 from kvstore.bench.turns import Turn, medians
 from kvstore.engine.engine import Engine
@@ -23,11 +23,11 @@ from kvstore.hashing import Chain, TokenChain
 from kvstore.quantities import format_size
 from kvstore.verbs import Store
 
-RAM_AT_MOST, NVME_AT_MOST = 0.10, 1.15
+RAM_AT_MOST, NVME_AT_MOST, BOTH_AT_MOST = 0.10, 1.15, 0.65
 _FLUSH_S = 120.0
 
 
-def measure_ram(bench: Bench) -> Iterator[Row | Unmeasured]:
+def measure_ram(bench: Bench) -> Iterator[Row]:
     """From RAM, all of it or the leading half, beside an engine that has no store."""
     prompt_bytes = _prompt_bytes(bench)
     ram_bytes = prompt_bytes * 3 // 2
@@ -67,12 +67,7 @@ def measure_ram(bench: Bench) -> Iterator[Row | Unmeasured]:
         unit="ms",
         ceiling=in_ms["computed"],
         against=computed,
-        note="one after the other: no prompt is loaded and computed at once",
-    )
-    yield Unmeasured(
-        f"{name}, half resident, loaded and computed at once",
-        "skipped",
-        "not built: what is computed of a prompt begins when all has come that is loaded of it",
+        note="one after the other: nothing can be computed before what it attends to",
     )
 
 
@@ -101,8 +96,8 @@ class _InRam:
         return usage.ttft_s
 
 
-def measure_nvme(bench: Bench) -> Iterator[Row | Unmeasured]:
-    """From NVMe, beside the drive; and by whatever the engine finds best, beside either alone.
+def measure_nvme(bench: Bench) -> Iterator[Row]:
+    """From NVMe, beside the drive; and loaded and computed at once, beside either alone.
 
     RAM has room for one prompt. What is asked for lies on NVMe alone, since another prompt has
     taken its place in RAM.
@@ -179,7 +174,9 @@ def _nvme_rows(
 ) -> Iterator[Row]:
     prompt_bytes, name = _prompt_bytes(bench), _name(bench)
     rate = drive.total_bytes / seconds["drive"]
-    alone = min(("load", "compute"), key=lambda way: seconds[way])
+    loaded, computed = seconds["load"], seconds["compute"]
+    alone = min(loaded, computed)
+    ideal = loaded * computed / (loaded + computed)
     yield Row(
         name=f"{name}, from NVMe",
         group="prompts",
@@ -191,15 +188,17 @@ def _nvme_rows(
         note="checksums are verified",
     )
     yield Row(
-        name=f"{name}, from NVMe or computed, as the engine chooses",
+        name=f"{name}, loaded from NVMe and computed at once",
         group="prompts",
         value=seconds["choose"] * 1e3,
         unit="ms",
-        ceiling=seconds[alone] * 1e3,
-        against=f"the quicker of both alone, to {alone}: loading {seconds['load'] * 1e3:,.0f} ms, "
-        f"computing {seconds['compute'] * 1e3:,.0f} ms",
-        note=f"the last time {choice.nvme_tokens} tokens came from NVMe, {choice.ram_tokens} from "
-        f"RAM, and {choice.recomputed_tokens} were computed, one after the other",
+        ceiling=alone * 1e3,
+        against=f"the quicker of both alone: loading {loaded * 1e3:,.0f} ms, "
+        f"computing {computed * 1e3:,.0f} ms",
+        at_most=BOTH_AT_MOST,
+        note=f"{ideal / alone:.2f} if neither held up the other, and all tokens were alike; the "
+        f"last time {choice.nvme_tokens} came from NVMe, {choice.ram_tokens} from RAM, and "
+        f"{choice.recomputed_tokens} were computed",
     )
 
 

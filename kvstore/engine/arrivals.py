@@ -1,9 +1,10 @@
 """Blocks on their way from the store to HBM.
 
 A lease is filled by the store; what is ready of it is copied into the sequence's blocks. Nobody
-may read these before their copy is over, so they have no key until then, and the sequence
-does not run. Except where the copy is made layer by layer: then the sequence runs at once,
-and the forward pass waits before each layer for that layer of the blocks alone (`take_gates`).
+may read these before their copy is over, so they have no key until then, and of the sequence
+only what lies before them is computed. Except where the copy is made layer by layer: then the
+sequence runs at once, and the forward pass waits before each layer for that layer of the blocks
+alone (`take_gates`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class _Arrival:
 
 @dataclass(eq=False, slots=True)
 class _Load:
-    """A sequence that a lease is filling, from block `start` on."""
+    """A sequence that a lease is filling, from block `start` on. It may have others."""
 
     sequence: TokenSequence
     lease: Lease
@@ -55,7 +56,7 @@ class _Load:
 
     @property
     def done(self) -> int:
-        """Blocks of the lease that are in HBM."""
+        """Blocks of the lease that the sequence has reached; negative where some lack before it."""
         return self.sequence.computed_blocks - self.start
 
 
@@ -81,10 +82,13 @@ class Arrivals:
         """Whether copies are on their way for which no sequence waits."""
         return bool(self._parting)
 
-    def begin(self, sequence: TokenSequence, lease: Lease) -> None:
-        """Fill `sequence` from `lease`, which is ours now; LOADING until `poll` is done."""
-        self._loads.append(_Load(sequence, lease, sequence.computed_blocks))
-        sequence.phase = Phase.LOADING
+    def begin(self, sequence: TokenSequence, lease: Lease, start: int) -> None:
+        """Fill `sequence` from block `start` on; the lease is ours now.
+
+        It is LOADING until `poll` has done with all of its leases.
+        """
+        self._loads.append(_Load(sequence, lease, start))
+        self._see_phase(sequence)
 
     def poll(self, *, others_run: bool) -> None:
         """Copy what is ready; a sequence whose lease has ended is RUNNING again."""
@@ -99,7 +103,7 @@ class Arrivals:
             with self._guard("load"):
                 blocks -= self._start(load, blocks, others_run)
                 is_open = load.asked < len(load.lease)
-            while load.arrivals and load.arrivals[0].is_over:
+            while load.done >= 0 and load.arrivals and load.arrivals[0].is_over:
                 arrival = load.arrivals.popleft()
                 self._hbm.pool.unhold(arrival.blocks)
                 self._arrived(load.sequence, arrival)
@@ -154,7 +158,7 @@ class Arrivals:
         # who runs at once is another from now on.
         nbytes = (self._coming() + ready - asked) * layout.block_bytes
         most = copies.gated_bytes(others_run or bool(self._gates))
-        by_layer = ready == len(load.lease) and nbytes <= most
+        by_layer = load.done >= 0 and ready == len(load.lease) and nbytes <= most
         events: Gates
         if by_layer:
             events = copies.copy_in_by_layer(blocks, views)
@@ -197,10 +201,16 @@ class Arrivals:
 
     def _end(self, load: _Load) -> None:
         self._loads.remove(load)
-        if load.sequence.phase is Phase.LOADING:
-            load.sequence.phase = Phase.RUNNING
+        self._see_phase(load.sequence)
         self._parting.append(load)
         self._part(load)
+
+    def _see_phase(self, sequence: TokenSequence) -> None:
+        starts = [load.start for load in self._loads if load.sequence is sequence]
+        if starts:
+            sequence.phase, sequence.loading_from = Phase.LOADING, min(starts)
+        elif sequence.phase is Phase.LOADING:
+            sequence.phase = Phase.RUNNING
 
     def _part(self, load: _Load) -> None:
         """Let go of the blocks that have been copied, and when all are, of the lease."""

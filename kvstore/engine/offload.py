@@ -16,7 +16,8 @@ from kvstore.engine.departures import Departures
 from kvstore.engine.guard import Guard
 from kvstore.engine.scheduler import Scheduler
 from kvstore.engine.sequence import TokenSequence
-from kvstore.planner import LinearCost, plan_load
+from kvstore.hashing import Chain
+from kvstore.planner import LinearCost, Meeting, plan_load
 from kvstore.tiers.hbm import HbmTier
 from kvstore.tiers.hbm_copies import Gates
 from kvstore.verbs import Store
@@ -34,6 +35,7 @@ class Offload:
     ) -> None:
         self._store = store
         self._hbm = hbm
+        self._scheduler = scheduler
         self._prefill = prefill
         self._guarded = Guard()
         self._departures = Departures(store, hbm, self._guarded)
@@ -84,7 +86,10 @@ class Offload:
                     self.counters["prefetched_blocks"] += self._store.prefetch(chain.slice(here))
 
     def begin(self, sequence: TokenSequence) -> None:
-        """Ask for what the store has and what is worth loading; LOADING until `poll` is done."""
+        """Ask for what the store has and what is worth loading; LOADING until `poll` is done.
+
+        Where nobody else has anything to compute, some of it may be computed while the rest comes.
+        """
         chain = sequence.next_blocks()
         # What HBM knew came from the store, or was offered to it, when it was new.
         sequence.offered_blocks = max(sequence.offered_blocks, sequence.computed_blocks)
@@ -103,6 +108,9 @@ class Offload:
                 self._prefill,
                 self._store.queued_bytes(),
             )
+            if plan.meeting is not None and self._scheduler.is_alone(sequence):
+                self._meet(sequence, chain, plan.meeting)
+                return
             if plan.blocks < len(sources):
                 self.counters["too_slow_blocks"] += len(sources) - plan.blocks
                 chain = chain.slice(0, plan.blocks)
@@ -110,7 +118,17 @@ class Offload:
                 return
             # Also where the probe saw nothing: the store counts its misses, with their reasons.
             lease = self._store.acquire(chain, deadline_s=plan.deadline_s)
-            self._arrivals.begin(sequence, lease)
+            self._arrivals.begin(sequence, lease, sequence.computed_blocks)
+
+    def _meet(self, sequence: TokenSequence, chain: Chain, meeting: Meeting) -> None:
+        """Load what is before the blocks to be computed, and what is after them."""
+        computed, deadline_s = meeting.computed, meeting.deadline_s
+        self.counters["met_blocks"] += len(computed)
+        for part in (slice(0, computed.start), slice(computed.stop, None)):
+            start, stop, _ = part.indices(len(chain))
+            if start < stop:
+                lease = self._store.acquire(chain.slice(start, stop), deadline_s=deadline_s)
+                self._arrivals.begin(sequence, lease, sequence.computed_blocks + start)
 
     def poll(self, *, others_run: bool) -> None:
         """Go on with what was copied to HBM meanwhile, and copy what is ready."""

@@ -102,6 +102,10 @@ class Scheduler:
         insort(self.running, sequence, key=_order)
         return sequence
 
+    def is_alone(self, sequence: TokenSequence) -> bool:
+        """Whether nobody else runs or waits."""
+        return self.running == [sequence] and not self.waiting
+
     def catch_up(self, sequence: TokenSequence) -> None:
         """Share the next blocks of `sequence` that others have computed or loaded meanwhile."""
         found = self._pool.find(sequence.next_blocks().keys)
@@ -120,13 +124,13 @@ class Scheduler:
         pieces: list[Piece] = []
         prefilling: list[TokenSequence] = []
         for sequence in self.running.copy():
-            if sequence.phase is not Phase.RUNNING:
-                continue  # loading, or preempted a moment ago
+            if sequence.phase is Phase.WAITING:
+                continue  # preempted a moment ago
             if sequence.pending_tokens > 1:
                 prefilling.append(sequence)
             elif self._make_room(sequence, copies):
                 pieces.append(Piece(sequence, 1))
-        pieces += self._chunks(s for s in prefilling if s.phase is Phase.RUNNING)
+        pieces += self._chunks(s for s in prefilling if s.phase is not Phase.WAITING)
         return Step(copies, pieces)
 
     def advance(self, piece: Piece) -> None:
@@ -169,7 +173,9 @@ class Scheduler:
             if following and following[0] in being_filled:
                 continue  # another computes the same block in this very step
             end = (sequence.computed_tokens // self._chunk_tokens + 1) * self._chunk_tokens
-            tokens = min(end - sequence.computed_tokens, sequence.pending_tokens)
+            tokens = min(end - sequence.computed_tokens, sequence.computable_tokens)
+            if not tokens:
+                continue  # all that it lacks is on its way
             if tokens > budget:
                 break  # nobody overtakes
             budget -= tokens

@@ -18,7 +18,7 @@ class Phase(enum.Enum):
     """Where a sequence is."""
 
     WAITING = "waiting"  # holds no blocks
-    LOADING = "loading"  # holds blocks that a lease is filling; not scheduled
+    LOADING = "loading"  # holds blocks that leases are filling; computed up to the first of them
     RUNNING = "running"  # scheduled: prefill until all its tokens but the newest are in HBM
     FINISHED = "finished"  # holds no blocks
 
@@ -27,7 +27,8 @@ class TokenSequence:
     """Tokens, their keys, and the blocks of HBM that hold their KV.
 
     The first `computed_tokens` have their KV in the blocks of `block_table`. The
-    first `offered_blocks` of these were offered to the store. `width` is the
+    first `offered_blocks` of these were offered to the store. From block
+    `loading_from` on, while it is LOADING, others write to its blocks. `width` is the
     number of sequences that this one will become when its prompt is computed.
     """
 
@@ -49,6 +50,7 @@ class TokenSequence:
         self.block_table: list[int] = []
         self.computed_tokens = 0
         self.offered_blocks = 0
+        self.loading_from = 0
         self.prefetched = False
         self.sources: Counter[Source] = Counter()
         self._accounted_tokens = 0
@@ -66,6 +68,13 @@ class TokenSequence:
     def pending_tokens(self) -> int:
         """Tokens whose KV is not in HBM; 1 while decoding."""
         return len(self.tokens) - self.computed_tokens
+
+    @property
+    def computable_tokens(self) -> int:
+        """Pending tokens that could be computed next; 0 where blocks must come first."""
+        if self.phase is not Phase.LOADING:
+            return self.pending_tokens
+        return max(0, self.loading_from * self.block_tokens - self.computed_tokens)
 
     @property
     def reusable_blocks(self) -> int:

@@ -51,7 +51,7 @@ NAMES = {
     ],
     "prompts/nvme": [
         "TTFT of 512 tokens, from NVMe",
-        "TTFT of 512 tokens, from NVMe or computed, as the engine chooses",
+        "TTFT of 512 tokens, loaded from NVMe and computed at once",
     ],
 }
 

@@ -9,7 +9,6 @@ import pytest
 
 from kvstore.bench import asking, prompts
 from kvstore.bench.benchmark import Bench
-from kvstore.bench.rows import Row, Unmeasured
 from kvstore.bench.sizes import TINY
 from kvstore.engine.engine import Engine
 from kvstore.engine.output import Usage
@@ -40,7 +39,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
 
 def test_the_ceiling_is_computed_without_a_store(bench: Bench, asked: Asked) -> None:
-    computed, ram, half = (row for row in prompts.measure_ram(bench) if isinstance(row, Row))
+    computed, ram, half = prompts.measure_ram(bench)
     (without,) = [usage for has_store, usage in asked if not has_store][1:]  # one is dropped
     assert without.recomputed_tokens == TINY.prompt_tokens + 1
     assert computed.value == ram.ceiling == half.ceiling == without.ttft_s * 1e3
@@ -49,13 +48,9 @@ def test_the_ceiling_is_computed_without_a_store(bench: Bench, asked: Asked) -> 
     assert (ram.value, half.value) == (ram_usage.ttft_s * 1e3, half_usage.ttft_s * 1e3)
 
 
-def test_what_is_not_built_is_not_said_to_be_measured(bench: Bench) -> None:
-    """Loading and computing one prompt at once: neither half of it nor the choice stands for it."""
-    everything = [*prompts.measure_ram(bench), *prompts.measure_nvme(bench)]
-    rows = [each for each in everything if isinstance(each, Row)]
-    assert not any("at once" in row.name for row in rows)
-    assert {row.at_most for row in rows} == {None, 0.10, 1.15}
-    (missing,) = (each for each in everything if isinstance(each, Unmeasured))
-    assert missing.outcome == "skipped"
-    assert "loaded and computed at once" in missing.name
-    assert missing.reason.startswith("not built")
+def test_both_at_once_is_set_against_the_quicker_of_either(bench: Bench, asked: Asked) -> None:
+    loaded, both = prompts.measure_nvme(bench)
+    (without,) = [usage for has_store, usage in asked if not has_store][2:]  # one warms up
+    assert (loaded.at_most, both.at_most) == (1.15, 0.65)
+    assert both.ceiling == min(loaded.value, without.ttft_s * 1e3)
+    assert "at once" in both.name

@@ -1,4 +1,4 @@
-"""The planner against the definition: of all prefixes, the one with the least total time."""
+"""The planner against the definition: of all ways, the one with the least total time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kvstore.planner import (
     DEADLINE_SLACK,
+    MEETING_SAVES,
     MIN_DEADLINE_S,
     LinearCost,
     Plan,
@@ -87,7 +88,7 @@ tier_costs = st.tuples(st.floats(0, 0.2), st.floats(1e-10, 1e-6))
     st.integers(0, 100),
     st.integers(0, 10**7),
 )
-def test_a_plan_is_the_best_of_all_prefixes(
+def test_a_plan_is_the_best_of_all(
     sources: list[str],
     nvme: tuple[float, float],
     remote: tuple[float, float],
@@ -125,7 +126,51 @@ def test_a_plan_is_the_best_of_all_prefixes(
         saved_s = computing(0) - computing(plan.blocks)
         assert plan.deadline_s == pytest.approx(max(MIN_DEADLINE_S, DEADLINE_SLACK * saved_s))
     else:
-        assert plan == Plan(0, None)
+        assert plan.deadline_s is None
+
+    def both(border: int) -> float:
+        """Loaded up to the first block that costs anything, and from `border` on."""
+        at_once, after = sources[:free], sources[border:]
+        loaded = sum(
+            a + b * ((queued if tier == "nvme" else 0) + after.count(tier) * BLOCK_BYTES)
+            for tier, (a, b) in ((tier, load[tier].coefficients()) for tier in set(after) & {*load})
+        )
+        return max(computing(len(at_once)) - computing(border), loaded) + computing(len(sources))
+
+    free = next((i for i, source in enumerate(sources) if source in load), len(sources))
+    least = min(both(border) for border in range(free, len(sources) + 1))
+    if plan.meeting is None:
+        whole = {free, len(sources)}  # all is loaded, or nothing that costs
+        borders = [b for b in range(free, len(sources) + 1) if both(b) <= least * (1 + 1e-9)]
+        assert whole & {*borders} or least >= best * (1 - MEETING_SAVES) - 1e-12
+    else:
+        computed, deadline_s = plan.meeting
+        assert computed.start == free < computed.stop < len(sources)
+        assert both(computed.stop) == pytest.approx(least, rel=1e-9, abs=1e-12)
+        assert least < best * (1 - MEETING_SAVES) + 1e-12
+        saved_s = computing(0) - computing(len(sources))
+        assert deadline_s == pytest.approx(max(MIN_DEADLINE_S, DEADLINE_SLACK * saved_s))
+
+
+def test_what_loads_as_fast_as_it_is_computed_meets_half_way() -> None:
+    prefill = prefill_cost(1e-3, 0)  # 16 ms a block
+    load = {"nvme": load_cost(0, 16e-3 / BLOCK_BYTES)}
+    plan = plan_load(["nvme"] * 10, BLOCK_BYTES, BLOCK_TOKENS, 0, 160, load, prefill, {})
+    assert plan.meeting is not None
+    assert plan.meeting.computed == range(5)
+    # What is in RAM comes first, and costs nothing.
+    sources = ["ram"] * 2 + ["nvme"] * 8
+    plan = plan_load(sources, BLOCK_BYTES, BLOCK_TOKENS, 0, 160, load, prefill, {})
+    assert plan.meeting is not None
+    assert plan.meeting.computed == range(2, 6)
+
+
+def test_what_loads_much_faster_is_not_computed_meanwhile() -> None:
+    prefill = prefill_cost(1e-3, 0)
+    load = {"nvme": load_cost(0, 1e-3 / BLOCK_BYTES)}
+    plan = plan_load(["nvme"] * 100, BLOCK_BYTES, BLOCK_TOKENS, 0, 1600, load, prefill, {})
+    assert plan.blocks == 100
+    assert plan.meeting is None
 
 
 def test_ram_is_free_and_always_loaded() -> None:

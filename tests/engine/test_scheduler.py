@@ -265,6 +265,18 @@ def test_what_loads_is_not_scheduled() -> None:
     assert len(engine.finished) == 2
 
 
+def test_what_lies_before_the_blocks_that_load_is_computed_meanwhile() -> None:
+    engine = FakeEngine(blocks=8)
+    loading = engine.add([1] * 17, generate=1)
+    assert engine.scheduler.admit() is loading
+    loading.phase, loading.loading_from = Phase.LOADING, 3
+    computed = [[piece.tokens for piece in engine.step().pieces] for _ in range(3)]
+    assert computed == [[8], [4], []]
+    loading.phase = Phase.RUNNING
+    engine.run()
+    assert len(engine.finished) == 1
+
+
 def test_nobody_is_preempted_for_blocks_that_will_be_free_without_it() -> None:
     engine = FakeEngine(blocks=8, chunk_tokens=32)
     old = engine.add([1] * 7, generate=16)
