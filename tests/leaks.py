@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import threading
 from asyncio.base_events import BaseEventLoop
 from collections import Counter
@@ -16,6 +17,8 @@ from weakref import WeakSet
 KEPT_FILES = ("/dev/null", "/dev/urandom", "/dev/nvidia", "/proc/")
 KEPT_THREADS = ("tqdm_monitor",)
 KEPT_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+# The last field of a line of /proc/self/maps, of which there can be thousands.
+MAPPED_MEMORY = re.compile(r" (/(?:memfd:|dev/shm/).*)")
 JOIN_S = 5.0  # how long a thread that was told to end may take to do so
 
 _loops: WeakSet[BaseEventLoop] = WeakSet()
@@ -100,11 +103,12 @@ def _without_number(target: str) -> str:
 
 def _shared_memory() -> frozenset[str]:
     """Mapped memfds, by inode, and named segments of ours."""
+    maps = Path("/proc/self/maps").read_text()
     mapped = set()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[5].startswith(("/memfd:", "/dev/shm/")):
-            mapped.add(f"{fields[5]} inode {fields[4]}")
+    for path in MAPPED_MEMORY.finditer(maps):
+        line_start = maps.rfind("\n", 0, path.start()) + 1
+        inode = maps[line_start : path.start()].split()[-1]
+        mapped.add(f"{path[1]} inode {inode}")
     # Other programs use this folder at the same time: only our names count.
     named = (name for name in os.listdir("/dev/shm") if name.startswith("kvstore"))
     return frozenset(mapped.union(named))

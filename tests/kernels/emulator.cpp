@@ -190,7 +190,7 @@ bool run_block(const std::vector<Fiber*>& fibers, const std::vector<Warp>& warps
 std::vector<Fiber*> pool;
 
 // Every block of the grid, one after another. Stops at a block that faults.
-void run_grid(const Launch& what) {
+void run_grid(const Launch& what, unsigned char* some_shared) {
   int threads = what.block.x * what.block.y * what.block.z;
   int blocks = what.grid.x * what.grid.y * what.grid.z;
   if (threads < 1 || threads > MAX_THREADS || what.shared_bytes > SHARED_LIMIT) {
@@ -204,7 +204,7 @@ void run_grid(const Launch& what) {
   std::vector<Fiber*> fibers(pool.begin(), pool.begin() + threads);
   CatchBadAddresses caught;
   auto warps = warps_of(fibers, what.seed);
-  auto shared = shared_memory();
+  auto shared = shared_memory(some_shared);
   for (int block : order(blocks, what.seed)) {
     block_index = {block % what.grid.x, block / what.grid.x % what.grid.y,
                    block / (what.grid.x * what.grid.y)};
@@ -215,7 +215,9 @@ void run_grid(const Launch& what) {
       fibers[number]->index = {number % what.block.x, number / what.block.x % what.block.y,
                                 number / (what.block.x * what.block.y)};
     }
-    if (!run_block(fibers, warps, what.seed < 2)) pool.clear();  // they wait in the middle of a kernel
+    if (!run_block(fibers, warps, what.seed < 2)) {
+      for (Fiber* fiber : fibers) rewind(fiber);  // they wait in the middle of a kernel
+    }
     const unsigned char* guard = dynamic_shared + what.shared_bytes;
     if (std::any_of(guard, guard + SHARED_GUARD, [](unsigned char c) { return c != GARBAGE; })) {
       fault("a write beyond the %u bytes of dynamic shared memory", what.shared_bytes);
@@ -240,7 +242,7 @@ const char* start(void (*kernel)(), Signature takes, const unsigned* shape, void
   }
   launch = {{shape[0], shape[1], shape[2]}, {shape[3], shape[4], shape[5]}, shape[6], shape[7]};
   body = [=] { takes.call(kernel, arguments); };
-  run_grid(launch);
+  run_grid(launch, takes.shared);
   return fault_text;
 }
 

@@ -14,7 +14,8 @@
 #pragma once
 
 // What a kernel's translation unit sees: little, because there are many of them. The emulator
-// itself (emulator.cpp) is compiled once and linked to each.
+// itself (emulator.cpp) is a library that all of theirs share, and with it its fibers: stacks of
+// each one's own would be tens of thousands of mappings.
 
 #include <cstddef>
 #include <cstring>
@@ -72,6 +73,7 @@ struct Signature {
   void (*call)(void (*kernel)(), void** arguments);
   const size_t* sizes;
   size_t count;
+  unsigned char* shared;  // some of the shared memory that its library has
 };
 const char* start(void (*kernel)(), Signature takes, const unsigned* shape, void** arguments,
                   const size_t* sizes, size_t count);
@@ -86,12 +88,13 @@ template <typename... Parameters>
 const char* start(void (*kernel)(Parameters...), const unsigned* shape, void** arguments,
                   const size_t* sizes, size_t count) {
   static const size_t takes[] = {sizeof(Parameters)..., 0};
+  static thread_local unsigned char shared;
   auto with = [](void (*kernel)(), void** arguments) {
     call(reinterpret_cast<void (*)(Parameters...)>(kernel), arguments,
          std::index_sequence_for<Parameters...>{});
   };
-  return start(reinterpret_cast<void (*)()>(kernel), {with, takes, sizeof...(Parameters)}, shape,
-               arguments, sizes, count);
+  return start(reinterpret_cast<void (*)()>(kernel),
+               {with, takes, sizeof...(Parameters), &shared}, shape, arguments, sizes, count);
 }
 
 }  // namespace emulator

@@ -28,11 +28,13 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "kernels" / "csrc"
 # Contraction: the device's compiler fuses a multiplication and an addition as well.
 FLAGS = (
-    *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-w"),
+    *("-std=c++17", "-O1", "-fPIC", "-fno-gnu-unique", "-w"),
     *("-ffp-contract=fast", "-DKVSTORE_EMULATED", f"-I{HERE}"),
 )
 # What hardware would not forgive is checked; emulator.cpp has the handlers.
-CHECKS = "-fsanitize=alignment,bounds,null"
+CHECKS = ("-fvisibility=hidden", "-fsanitize=alignment,bounds,null")
+# Reading it is most of what compiling a kernel takes, so it is done once.
+PREPARED = "emulator_cuda.h"
 
 
 class EmulatorError(Exception):
@@ -113,7 +115,7 @@ def _entry(folder: Path, source: Path, kernel: str) -> Any:
 def _compiled(folder: Path, source: Path, kernel: str) -> Path:
     """The shared object of one kernel, compiled unless it is there."""
     program = f"""
-        #include "emulator_cuda.h"
+        #include "{PREPARED}"
         #include "{source.name}"
         extern "C" __attribute__((visibility("default"))) const char* start(
             const unsigned* shape, void** arguments, const size_t* sizes, size_t count) {{
@@ -121,25 +123,37 @@ def _compiled(folder: Path, source: Path, kernel: str) -> Path:
         }}
     """
     own = [HERE / "emulator.cpp", *sorted(HERE.glob("*.h"))]
-    emulator = _object(folder, own[0].read_text(), own, ())
+    emulator = _library(folder, own[0].read_text(), own, (), ())
+    header = ("-x", "c++-header", str(HERE / PREPARED))
+    prepared = folder / f"{_name('', own)}-headers" / f"{PREPARED}.gch"
+    if not prepared.exists():
+        prepared.parent.mkdir(exist_ok=True)
+        _make(prepared, "g++", *FLAGS, *CHECKS, *header)
     used = [*own, *sorted(source.parent.glob("*.cu*"))]
-    unit = _object(folder, program, used, (CHECKS, f"-I{source.parent}"))
-    library = unit.with_suffix(".so")
-    if not library.exists():
-        # Without the sanitizers' library.
-        _make(library, "g++", "-shared", "-Wl,-z,defs", str(unit), str(emulator))
+    options = (f"-I{prepared.parent}", *CHECKS, f"-I{source.parent}")
+    return _library(folder, program, used, options, (str(emulator),))
+
+
+def _library(
+    folder: Path, program: str, used: Sequence[Path], options: Sequence[str], needs: Sequence[str]
+) -> Path:
+    """The shared object of a program, with those that it needs beside it."""
+    library = folder / f"{_name(program, used)}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        unit = Path(scratch) / "unit.o"
+        _make(unit, "g++", *options, *FLAGS, "-x", "c++", "-c", "-", program=program)
+        link = ("-shared", f"-Wl,-z,defs,-soname,{library.name},-rpath,$ORIGIN")
+        _make(library, "g++", *link, str(unit), *needs)  # and not the sanitizers' library
     return library
 
 
-def _object(folder: Path, program: str, used: Sequence[Path], options: Sequence[str]) -> Path:
-    """What a program compiles to, named by the hash of all that goes into it."""
-    parts = [program, *FLAGS, *(path.read_text() for path in used)]
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    target = folder / f"{name}.o"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _make(target, "g++", *FLAGS, *options, "-x", "c++", "-c", "-", program=program)
-    return target
+def _name(program: str, used: Sequence[Path]) -> str:
+    """By the hash of all that goes into it."""
+    parts = [program, *FLAGS, *CHECKS, *(path.read_text() for path in used)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _make(target: Path, *command: str, program: str = "") -> None:

@@ -90,6 +90,14 @@ void live() {
   }
 }
 
+// Makes the fiber begin anew, in the middle of whatever it was.
+void rewind(Fiber* fiber) {
+  fiber->started = false;
+  fiber->groups.clear();
+  fiber->open.clear();
+  makecontext(&fiber->first, live, 0);
+}
+
 Fiber* new_fiber() {
   Fiber* fiber = new Fiber;
   void* stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE,
@@ -98,7 +106,7 @@ Fiber* new_fiber() {
   getcontext(&fiber->first);
   fiber->first.uc_stack.ss_sp = stack;
   fiber->first.uc_stack.ss_size = STACK_BYTES;
-  makecontext(&fiber->first, live, 0);
+  rewind(fiber);
   return fiber;
 }
 

@@ -11,8 +11,7 @@
 
 constexpr size_t SHARED_LIMIT = 227 * 1024;  // of a block, on compute capability 9.0
 constexpr size_t SHARED_GUARD = 4096;
-// `extern __shared__ ... unsigned char dynamic_shared[]` in a kernel is this. Nothing here but
-// shared memory is `thread_local`: see SharedMemory.
+// `extern __shared__ ... unsigned char dynamic_shared[]` in a kernel is this.
 thread_local __attribute__((aligned(1024))) unsigned char
     dynamic_shared[SHARED_LIMIT + SHARED_GUARD];
 
@@ -25,24 +24,20 @@ struct SharedMemory {
   size_t bytes;
 };
 
-// Where this library's variables that are `thread_local` lie for the calling thread.
-SharedMemory shared_memory() {
-  dynamic_shared[0] = GARBAGE;  // they are allocated when the first one is used
-  SharedMemory found = {nullptr, 0};
-  auto look = [](dl_phdr_info* library, size_t, void* found) {
-    bool ours = false;
-    size_t bytes = 0;
-    for (int i = 0; i < library->dlpi_phnum; ++i) {
-      const auto& segment = library->dlpi_phdr[i];
-      size_t offset = reinterpret_cast<size_t>(&self) - library->dlpi_addr - segment.p_vaddr;
-      ours |= segment.p_type == PT_LOAD && offset < segment.p_memsz;
-      if (segment.p_type == PT_TLS) bytes = segment.p_memsz;
+// The variables that are `thread_local` of the library of the kernel, for the calling thread: all
+// of them are shared memory. `some` is one of them.
+SharedMemory shared_memory(unsigned char* some) {
+  SharedMemory found = {some, 0};
+  auto look = [](dl_phdr_info* library, size_t, void* argument) {
+    auto& found = *static_cast<SharedMemory*>(argument);
+    auto start = static_cast<unsigned char*>(library->dlpi_tls_data);
+    for (int i = 0; start && i < library->dlpi_phnum; ++i) {
+      size_t bytes = library->dlpi_phdr[i].p_memsz;
+      if (library->dlpi_phdr[i].p_type != PT_TLS || size_t(found.start - start) >= bytes) continue;
+      found = {start, bytes};
+      return 1;
     }
-    if (ours) {
-      auto start = static_cast<unsigned char*>(library->dlpi_tls_data);
-      *static_cast<SharedMemory*>(found) = {start, bytes};
-    }
-    return int(ours);
+    return 0;
   };
   dl_iterate_phdr(look, &found);
   return found;
@@ -50,13 +45,9 @@ SharedMemory shared_memory() {
 
 // No block finds what another left.
 void spoil(SharedMemory shared, size_t dynamic_bytes) {
+  if (!shared.bytes) return fault("shared memory is not where it should be");
   memset(dynamic_shared, GARBAGE, dynamic_bytes + SHARED_GUARD);
-  size_t before = dynamic_shared - shared.start, behind = before + sizeof dynamic_shared;
-  if (shared.start == nullptr || behind > shared.bytes) {
-    return fault("shared memory is not where it should be");
-  }
-  memset(shared.start, GARBAGE, before);
-  memset(shared.start + behind, GARBAGE, shared.bytes - behind);
+  memset(shared.start, GARBAGE, shared.bytes);
 }
 
 // An access to memory that is not there ends the thread that made it. On a stack of its own,
