@@ -6,9 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvstore.kernels.cuda_module import CudaRuntime, Runtime
 from tests.kernels.emulator import EmulatedRuntime
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_run() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
