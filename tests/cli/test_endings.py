@@ -6,13 +6,13 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import environment, kvstore
+from tests.cli.commands import Done, environment
 
 PROMPT = "It was a dark and stormy night; the rain fell in torrents. " * 4
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -44,15 +44,15 @@ def speaking(
 
 
 @pytest.mark.parametrize("number", STATUS)
-def test_queued_writes_reach_the_drive(home: Path, model: Path, number: signal.Signals) -> None:
+def test_queued_writes_reach_the_drive(
+    home: Path, here: Callable[..., Done], model: Path, number: signal.Signals
+) -> None:
     nvme = ("--nvme-path", "blocks", "--nvme-bytes", "16 MiB")
     with speaking(home, "generate", "--model", str(model), *nvme, PROMPT) as process:
         process.send_signal(number)
         _, stderr = process.communicate()
     assert (process.returncode, stderr) == (STATUS[number], b"")
-    again = kvstore(
-        home, "generate", "--model", str(model), *nvme, "--max-tokens", "1", "--json", PROMPT
-    )
+    again = here("generate", "--model", model, *nvme, "--max-tokens", "1", "--json", PROMPT)
     assert again.data["usage"]["nvme_tokens"] == (len(PROMPT) - 1) // 16 * 16
 
 

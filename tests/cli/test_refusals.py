@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from kvstore.machine import memory_bytes
-from tests.cli.commands import Done, environment, kvstore
+from tests.cli.commands import Done, environment
 from tests.cli.test_bad_input import as_somebody, refused
 
 
@@ -19,10 +22,12 @@ def test_ram_and_hbm_must_fit_together(here: Callable[..., Done]) -> None:
     refused(done, "--ram-bytes", "--hbm-bytes", "together more than", "of memory here")
 
 
-def test_a_system_text_for_a_conversation_that_has_begun(home: Path, model: Path) -> None:
+def test_a_system_text_for_a_conversation_that_has_begun(
+    here: Callable[..., Done], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def chat(*args: str) -> Done:
-        asked = ("chat", "ada", "--model", str(model), "--max-tokens", "2", *args)
-        return kvstore(home, *asked, stdin="Hello?\n")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello?\n")))
+        return here("chat", "ada", "--model", model, "--max-tokens", "2", *args)
 
     assert chat("--system", "Be brief.").status == 0
     assert chat("--system", "Be brief.").status == 0  # as it was told
