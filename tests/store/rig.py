@@ -30,6 +30,7 @@ NAMESPACE = Namespace("tiny", "weights", "tokenizer", "float16", 1, 2, 64, 16, "
 BLOCK = NAMESPACE.layout.block_bytes  # 8 KiB
 NVME_BYTES = 8 << 20
 ROUND_TRIPS = 1000  # for what another thread is about to do
+LOOK_S = 0.01
 PATIENCE_S = 30.0  # for what comes within milliseconds, or is broken
 
 
@@ -232,10 +233,15 @@ class Rig:
         assert set(self.store.probe(blocks).tiers) == {"nvme"}
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Block until `condition` holds, looking whenever the store says that something changed."""
+        """Block until `condition` holds, looking whenever the store says that something changed.
+
+        And in between, because it does not say that a lease has been released.
+        """
         hub = self.hub
+        given_up_s = time.monotonic() + PATIENCE_S
         with hub.lock:
-            assert hub.changed.wait_for(condition, PATIENCE_S)
+            while not hub.changed.wait_for(condition, LOOK_S):
+                assert time.monotonic() < given_up_s
 
     def run_in_background(self, work: Coroutine[Any, Any, T]) -> T:
         """What the coroutine returns, run where the store moves its bytes."""
