@@ -45,7 +45,7 @@ PROMPTS: list[Prompt] = [
     for question in QUESTIONS
     for subject in SUBJECTS
 ]
-PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
+PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
