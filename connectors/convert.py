@@ -72,6 +72,12 @@ class Pages:
             Part(layers, halves, view.numpy()) for layers, halves, view in _parts(layout, views)
         ]
 
+    def follow(self) -> None:
+        """Copies from now on come after what the calling thread has told a device to compute.
+
+        Of memory that the CPU computes in there is nothing to say.
+        """
+
     def copy_out(
         self, table: Sequence[int], first: int, views: Sequence[memoryview], block_tokens: int
     ) -> None:

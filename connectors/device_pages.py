@@ -1,13 +1,15 @@
-"""Pages in a GPU's memory: read and written by way of this process's own memory.
+"""Pages in any device's memory: read and written by way of this process's own memory.
 
 Whole pages cross the bus, gathered on the device first, so that it is one copy a tensor; the
-conversion is then that of any pages.
+conversion is then that of any pages. Slower than `KernelPages`, which need CUDA and CuPy.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,16 +19,27 @@ from torch import Tensor
 from kvstore.connectors.convert import Pages, shaped_bits
 from kvstore.connectors.page_layout import PageLayout
 from kvstore.connectors.page_views import page_views
-from kvstore.errors import LayoutError
+from kvstore.errors import KernelError, LayoutError
 from kvstore.layout import Shard
 
 _RAW = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
 
 
 def pages_of(layout: PageLayout, tensors: Sequence[Tensor | NDArray[Any]]) -> Pages:
-    """`Pages`, or `DevicePages` for tensors that are not on the CPU. Raises LayoutError."""
-    on_cpu = not any(isinstance(t, Tensor) and t.device.type != "cpu" for t in tensors)
-    return Pages(layout, tensors) if on_cpu else DevicePages(layout, tensors)
+    """What knows the tensors' device: `Pages`, `KernelPages`, or `DevicePages` for all others.
+
+    Raises LayoutError.
+    """
+    elsewhere = [t for t in tensors if isinstance(t, Tensor) and t.device.type != "cpu"]
+    if not elsewhere:
+        return Pages(layout, tensors)
+    on_cuda = len(elsewhere) == len(tensors) and all(t.device.type == "cuda" for t in elsewhere)
+    if on_cuda and find_spec("cupy") is not None:
+        from kvstore.connectors.kernel_pages import KernelPages
+
+        with suppress(KernelError):  # an old device
+            return KernelPages(layout, elsewhere)
+    return DevicePages(layout, tensors)
 
 
 class DevicePages(Pages):

@@ -26,6 +26,9 @@ class LentPages(Pages):
         self._lock = threading.Lock()
         self.is_over = False
 
+    def follow(self) -> None:
+        self._pages.follow()
+
     def take_back(self) -> None:
         """When this returns, nobody reads them any more."""
         with self._lock:

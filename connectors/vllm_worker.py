@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -48,6 +49,7 @@ class Worker:
 
     def start_loads(self, orders: Orders) -> None:
         self._done.step = orders.step
+        self._follow(orders.loads)
         for job in orders.loads:
             until_s = time.monotonic() + min(self._deadline_s, job.deadline_s or self._deadline_s)
             self._loads[job.request_id] = self._loading.submit(self._load, job, until_s)
@@ -57,6 +59,7 @@ class Worker:
 
         Saves that wait are of half of the pages at most: of finished requests, they hold them.
         """
+        self._follow(orders.saves)
         waiting = self._saves.blocks
         for job in orders.saves:
             if self.pages is None or (waiting and waiting + job.blocks > self._most_waiting(job)):
@@ -119,6 +122,11 @@ class Worker:
         """Waits for the saves that were begun."""
         self._loading.shutdown()
         self._saves.close()
+
+    def _follow(self, jobs: Sequence[Job]) -> None:
+        """Copies for these jobs come after what this thread has told the device so far."""
+        if jobs and self.pages is not None:
+            self.pages.follow()
 
     # ---- in the threads
 

@@ -100,7 +100,7 @@ LAYERS = {
         "daemon public bench",
     ),
     "connectors": Layer(
-        "connectors", "errors pure tier verbs settings kernels store client engine public"
+        "connectors", "errors pure tier verbs settings kernels hbm store client engine public"
     ),
     "testing": Layer("testing", "errors pure verbs public"),
 }

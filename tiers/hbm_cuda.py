@@ -40,7 +40,9 @@ class SideStream(Protocol):
         ...
 
 
-class _CudaEvent:
+class CudaEvent:
+    """The end of what was told to a stream."""
+
     def __init__(self, event: Any, device: torch.device) -> None:
         self._event = event  # torch.cuda.Event, whose methods have no types
         self._device = device
@@ -71,7 +73,7 @@ class CudaStream:
             except BaseException:
                 self._stream.synchronize()  # the memory of what was started will be let go of
                 raise
-        return _CudaEvent(self._stream.record_event(), self._device)
+        return CudaEvent(self._stream.record_event(), self._device)
 
 
 class CudaCopies:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from kvstore.connectors.accounts import Accounts
+from kvstore.connectors.convert import Pages
 from kvstore.connectors.options import SharedStore, read_options
 from kvstore.connectors.vllm_guard import Guard
-from kvstore.connectors.vllm_pages import cpu_pages, proven
+from kvstore.connectors.vllm_pages import cpu_pages, gpu_pages, proven
 from kvstore.connectors.vllm_prefill import PrefillClock
 from kvstore.connectors.vllm_report import Report
 from kvstore.errors import LayoutError, SettingsError
@@ -53,6 +56,22 @@ def side_by_side(cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> 
         cache[page, :, offset] = torch.cat([keys[token], values[token]], dim=-1)
 
 
+def on_gpus(write: Write, order: list[int], block_tokens: int = 16) -> tuple[Pages, list[Tensor]]:
+    """Tensors that look like [blocks, heads, tokens, 2 * head_dim], and lie in `order`."""
+    shape = (5, 2, PAGE, 16)
+    sizes = [shape[axis] for axis in order]
+    back = [order.index(axis) for axis in range(4)]
+    caches = [torch.zeros(sizes, dtype=torch.bfloat16).permute(back) for _ in range(3)]
+    names = ["a", "b", "c"]
+
+    def written(name: str, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        write(caches[names.index(name)], keys, values, slots)
+
+    namespace = replace(NAMESPACE, block_tokens=block_tokens)
+    candidates = [gpu_pages(caches, namespace, WHOLE)]
+    return proven(candidates, names, written, torch.device("cpu")), caches
+
+
 def tried(write: Write, heads: Shard = WHOLE) -> tuple[Any, list[Tensor]]:
     caches = [torch.zeros(5, heads.heads, PAGE, 16, dtype=torch.bfloat16) for _ in range(3)]
     names = ["a", "b", "c"]
@@ -61,7 +80,7 @@ def tried(write: Write, heads: Shard = WHOLE) -> tuple[Any, list[Tensor]]:
         write(caches[names.index(name)], keys, values, slots)
 
     candidates = [cpu_pages(caches, NAMESPACE, heads, flag) for flag in (True, False)]
-    return proven(candidates, names, written), caches
+    return proven(candidates, names, written, torch.device("cpu")), caches
 
 
 @pytest.mark.parametrize("heads", [WHOLE, Shard(1, 1)])
@@ -72,6 +91,25 @@ def test_the_layout_that_is_written_is_the_one_that_is_read(
     pages, caches = tried(write, heads)
     assert pages.layout.keys_transposed == transposed
     assert not any(cache.any() for cache in caches)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 2, 1, 3], [1, 0, 2, 3]])
+def test_on_gpus_tensors_say_how_they_lie(order: list[int]) -> None:
+    pages, caches = on_gpus(side_by_side, order)
+    assert pages.layout.order == "BHNKD"
+    assert not any(cache.any() for cache in caches)
+    caches[1][3, 1, 5, 8:] = 1  # V of a token
+    block = np.zeros((2, 3, 2, 16, 8), np.uint16)
+    pages.copy_out([3], 0, [block.data.cast("B")], 16)
+    assert block[1, 1, 1, 5].all()
+    assert np.count_nonzero(block) == 8
+
+
+def test_on_gpus_as_well_what_is_read_back_is_believed() -> None:
+    with pytest.raises(LayoutError, match="not known"):
+        on_gpus(by_token, [0, 1, 2, 3])
+    with pytest.raises(LayoutError, match="block_tokens may be 256"):
+        on_gpus(side_by_side, [0, 1, 2, 3], block_tokens=512)
 
 
 def test_a_layout_that_nobody_knows_is_refused() -> None:

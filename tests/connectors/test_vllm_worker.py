@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from kvstore.connectors.convert import Pages
 from kvstore.connectors.vllm_jobs import Job, Orders
 from kvstore.connectors.vllm_saves import LentPages, TakenBackError
 from kvstore.hashing import TokenChain
@@ -119,6 +121,35 @@ def test_one_save_that_is_larger_than_what_may_wait_is_made(block_store: BlockSt
         rig.work(Orders(saves=[Job("a", long, list(range(10)), 0, 0, 320)]))
         rig.worker.close()
         assert block_store.probe(long).prefix == 20
+
+
+class Followers(Pages):
+    """Pages of a device, on which what is computed may take its time."""
+
+    followed = 0
+    seen: tuple[int, ...] = ()  # how often it had been followed when something was copied
+
+    def follow(self) -> None:
+        self.followed += 1
+
+    def copy_out(self, *arguments: Any) -> None:
+        self.seen += (self.followed,)
+        super().copy_out(*arguments)
+
+    def copy_in(self, *arguments: Any) -> None:
+        self.seen += (self.followed,)
+        super().copy_in(*arguments)
+
+
+def test_copies_follow_what_was_computed_before_their_step(block_store: BlockStore) -> None:
+    with rig_of(block_store) as rig:
+        pages = rig.worker.pages = Followers(rig.memory.layout, rig.memory.tensors)
+        rig.work(Orders(saves=[job(0, 32)]))
+        rig.finish("a")
+        assert (pages.followed, set(pages.seen)) == (1, {1})
+        if "a" not in rig.work(Orders(loads=[job(0, 32)])).loaded:
+            rig.idle_until(lambda ended: "a" in ended.loaded)
+        assert (pages.followed, set(pages.seen)) == (2, {1, 2})
 
 
 def test_a_load_ends_by_its_own_deadline(tmp_path: Path) -> None:
