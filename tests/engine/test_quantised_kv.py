@@ -63,7 +63,18 @@ def store() -> Iterator[BlockStore]:
         yield store
 
 
-@pytest.mark.parametrize(("chunk", "max_batch"), [(5, 8), (16, 1), (512, 8)])
+@pytest.mark.parametrize(
+    ("model", "kv_dtype", "chunk", "max_batch"),
+    [  # Of every two of them, each pair.
+        (torch.float32, "fp8", 5, 8),
+        (torch.float32, "int8", 16, 1),
+        (torch.float32, "fp8", 512, 8),
+        (torch.bfloat16, "int8", 5, 8),
+        (torch.bfloat16, "fp8", 16, 1),
+        (torch.bfloat16, "int8", 512, 8),
+    ],
+    indirect=["model", "kv_dtype"],
+)
 def test_every_tier_gives_the_answers_of_none(
     model: LoadedModel,
     kv_dtype: str,
