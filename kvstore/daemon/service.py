@@ -71,7 +71,10 @@ class Service:
             raise RequestError(f"{self.limits.connections} clients are connected, and no more may")
         # Those behind a token leave room for others.
         share = max(1, self.limits.connections // 2)
-        if tenant.secret and sum(each.tenant == tenant for each in self.sessions) >= share:
+        if (
+            tenant.secret
+            and sum(each.tenant.name == tenant.name for each in self.sessions) >= share
+        ):
             raise RequestError(f"{tenant.name} has {share} clients connected, and no more may")
         self.sessions.add(session)
 

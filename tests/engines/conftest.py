@@ -90,11 +90,14 @@ def vllm(vllm_python: Path, model_folder: Path) -> Vllm:
         extra: dict[str, Any] | None = None,
         policy: str = "recompute",
         folder: Path = model_folder,
+        connector: str | None = None,
         **arguments: Any,
     ) -> Iterator[Worker]:
-        transfer = {}
+        transfer: dict[str, Any] = {}
         if extra is not None:
             transfer = {"kv_connector_extra_config": extra, "kv_load_failure_policy": policy}
+        if connector is not None:  # one of vLLM's own
+            transfer |= {"kv_connector": connector, "kv_connector_module_path": None}
         with Worker(
             vllm_python,
             "tests.engines.vllm_process",

@@ -22,15 +22,20 @@ class VllmProcess:
         vllm: Any = import_module("vllm")
         self._params: Any = vllm.SamplingParams
         self._lines: list[str] = []
+        self._adapters: dict[str, int] = {}  # numbers by folder
         # A filter, because vLLM takes away handlers when it sets up its own.
         logging.getLogger("vllm.kvstore").addFilter(self._hear)
-        if transfer:
-            arguments["kv_transfer_config"] = vllm.config.KVTransferConfig(
-                kv_connector="KVStoreConnector",
-                kv_connector_module_path="kvstore.connectors.vllm",
-                kv_role="kv_both",
-                **transfer,
+        if events := arguments.pop("events", None):
+            arguments["kv_events_config"] = vllm.config.KVEventsConfig(
+                enable_kv_cache_events=True, publisher="zmq", endpoint=events
             )
+        if transfer:
+            ours = {
+                "kv_connector": "KVStoreConnector",
+                "kv_connector_module_path": "kvstore.connectors.vllm",
+                "kv_role": "kv_both",
+            }
+            arguments["kv_transfer_config"] = vllm.config.KVTransferConfig(**{**ours, **transfer})
         self._llm = vllm.LLM(
             model=folder,
             skip_tokenizer_init=True,
@@ -49,14 +54,22 @@ class VllmProcess:
         return self._llm.llm_engine.engine_core.engine_core
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], tokens: int, salts: Sequence[str] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        salts: Sequence[str] = (),
+        adapter: str | None = None,
     ) -> list[list[int]]:
-        """The new tokens of each prompt, all of them asked for at once."""
+        """The new tokens of each prompt, all of them asked for at once; with a LoRA's folder."""
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         for prompt, salt in zip(asked, salts, strict=False):
             prompt["cache_salt"] = salt  # type: ignore[assignment]
         params = self._params(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        outputs = self._llm.generate(asked, params, use_tqdm=False)
+        lora = None
+        if adapter is not None:
+            number = self._adapters.setdefault(adapter, len(self._adapters) + 1)
+            lora = import_module("vllm.lora.request").LoRARequest(adapter, number, adapter)
+        outputs = self._llm.generate(asked, params, use_tqdm=False, lora_request=lora)
         self.settle()
         self.finish_reasons = [output.outputs[0].finish_reason for output in outputs]
         return [list(output.outputs[0].token_ids) for output in outputs]
