@@ -71,8 +71,8 @@ def test_quantised_kv_has_a_name_of_its_own(
     here: Callable[..., Done], model: Path, tmp_path: Path
 ) -> None:
     directory, int8 = tmp_path / "int8", ("--kv-dtype", "int8")
-    args = ("--model", model, "--max-tokens", "1", "--json")
-    args += ("--nvme-path", directory, "--nvme-bytes", "16MiB")
+    answer = ("--model", model, "--max-tokens", "1", "--json")
+    args = (*answer, "--nvme-path", directory, "--nvme-bytes", "16MiB")
     first, again = (here("generate", TEXT, *args, *int8).data for _ in range(2))
     assert again["usage"]["nvme_tokens"] == 64
     assert again["completions"] == first["completions"]
