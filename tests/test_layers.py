@@ -36,7 +36,6 @@ PACKAGES: dict[str, str] = {
     **dict.fromkeys(("grpc_health", "grpc_reflection"), "daemon"),
     "jinja2": "engine",
     "lmdb": "tiers",
-    "msgpack": "tiers",
     "pydantic": "settings",
     "rich": "cli bench",
     "safetensors": "engine",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgpack
+import msgspec
 import pytest
 import zmq
 
@@ -23,7 +23,8 @@ def test_blocks_of_the_store_are_published_by_vllm(
 ) -> None:
     endpoint = f"ipc://{tmp_path / 'events'}"
     namespace = kvstore.model_namespace(model_folder, dtype="float32")
-    prompts, stored = [], []
+    prompts: list[list[int]] = []
+    stored: list[dict[str, Any]] = []
     with (
         zmq.Context() as context,
         context.socket(zmq.SUB) as socket,
@@ -45,5 +46,5 @@ def _events(socket: zmq.Socket[bytes]) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     while socket.poll(PATIENCE_MS):
         _, _, payload = socket.recv_multipart()
-        events += msgpack.unpackb(payload)[1]
+        events += msgspec.msgpack.decode(payload)[1]
     return events
