@@ -72,11 +72,12 @@ class Pages:
             Part(layers, halves, view.numpy()) for layers, halves, view in _parts(layout, views)
         ]
 
-    def follow(self) -> None:
-        """Copies from now on come after what the calling thread has told a device to compute.
+    def follow(self) -> Pages:
+        """These pages, whose copies come after what the calling thread has told a device so far.
 
-        Of memory that the CPU computes in there is nothing to say.
+        In memory that the CPU computes in that has been done.
         """
+        return self
 
     def copy_out(
         self, table: Sequence[int], first: int, views: Sequence[memoryview], block_tokens: int

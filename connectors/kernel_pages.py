@@ -7,6 +7,7 @@ of memory that is. docs/adr/0041-pages-on-gpus.md has the reasons.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from math import gcd
 from threading import Lock
@@ -28,55 +29,59 @@ from kvstore.kernels.pinned_memory import PINNED, PinnedMemory
 from kvstore.layout import Shard
 from kvstore.tiers.hbm_copies import CopyEvent, Gates
 from kvstore.tiers.hbm_cuda import CudaEvent
-from kvstore.tiers.hbm_staging import Staging
+from kvstore.tiers.hbm_staging import STAGED_BYTES, Staging
 
 # How `KernelCopies.copy_out` and `copy_in` are called here.
 Way = Callable[..., None]
 
 
-class Follower(Protocol):
-    """A queue of the device's, for copies that come after what an engine computes."""
+class Stream(Protocol):
+    """A queue of the device's for copies, beside those on which an engine computes."""
 
-    def follow(self) -> None:
-        """What is run from now on comes after all that the calling thread's stream was told."""
+    def computed(self) -> object:
+        """A mark behind all that the calling thread has told the device so far."""
         ...
 
-    def run(self, copy: Callable[[], None]) -> CopyEvent:
-        """Do what `copy` starts. Where that raises, nothing of it is under way any more."""
+    def run(self, start: Callable[[], None], after: object) -> CopyEvent:
+        """Do what `start` starts after that mark; None: after all that the device was told.
+
+        Where `start` raises, nothing of it is under way any more.
+        """
         ...
 
 
-class CudaFollower:
-    """A stream of one CUDA device. Before the first `follow` it waits for all that there is."""
+class CopyingStream:
+    """A stream of one CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         stream: Callable[..., Any] = torch.cuda.Stream
         self._device = device
         self._stream = stream(device)
-        self._computed: Any = None  # torch.cuda.Event, whose methods have no types
 
-    def follow(self) -> None:
-        self._computed = torch.cuda.current_stream(self._device).record_event()
+    def computed(self) -> object:
+        return torch.cuda.current_stream(self._device).record_event()
 
-    def run(self, copy: Callable[[], None]) -> CopyEvent:
-        if self._computed is None:
+    def run(self, start: Callable[[], None], after: Any) -> CopyEvent:
+        if after is None:
             torch.cuda.synchronize(self._device)
         else:
-            self._stream.wait_event(self._computed)
+            self._stream.wait_event(after)
+        # Who waits sleeps: a thread beside the engine's has no processor to spend.
+        event: Callable[..., Any] = torch.cuda.Event
         with torch.cuda.stream(self._stream):
             try:
-                copy()
+                start()
             except BaseException:
                 self._stream.synchronize()  # the memory of what was started will be let go of
                 raise
-        return CudaEvent(self._stream.record_event(), self._device)
+            return CudaEvent(self._stream.record_event(event(blocking=True)), self._device)
 
 
 class KernelPages(Pages):
     """As `Pages`, for tensors on a CUDA device: any thread may copy, and is done on return.
 
-    Copies in one direction are made one after the other. They come after what the device has
-    been told to do before the latest `follow`; without one, after all that it has been told.
+    Copies in one direction are made one after the other. Each comes after all that the device
+    has been told; those of what `follow` gives, after what it had been told then.
     """
 
     def __init__(
@@ -85,7 +90,7 @@ class KernelPages(Pages):
         tensors: Sequence[Tensor],
         *,
         runtime: Runtime | None = None,
-        follower: Callable[[torch.device], Follower] = CudaFollower,
+        stream: Callable[[torch.device], Stream] = CopyingStream,
         pinned: PinnedMemory = PINNED,
     ) -> None:
         """Raises LayoutError for tensors that are not as `layout` says, or on several devices,
@@ -95,12 +100,14 @@ class KernelPages(Pages):
         pages = page_views(layout, tensors)
         runtime = runtime or runtime_of(pages.views[0])
         device = pages.views[0].device
-        self._out = _Lane(pages, runtime, follower(device), pinned)
-        self._in = _Lane(pages, runtime, follower(device), pinned)
+        self._out = _Lane(pages, runtime, stream(device), pinned)
+        self._in = _Lane(pages, runtime, stream(device), pinned)
+        self._after: object = None
 
-    def follow(self) -> None:
-        self._out.follower.follow()
-        self._in.follower.follow()
+    def follow(self) -> KernelPages:
+        followed = copy(self)
+        followed._after = self._out.stream.computed()
+        return followed
 
     def copy_out(
         self, table: Sequence[int], first: int, views: Sequence[memoryview], block_tokens: int
@@ -109,7 +116,7 @@ class KernelPages(Pages):
         if tokens:
             used = self._used(table, tokens.start, tokens.stop)
             runs = self._runs(used, first, len(views), block_tokens, tokens)
-            self._out.copy_out(runs, views, block_tokens)
+            self._out.copy_out(runs, views, block_tokens, self._after)
 
     def copy_in(
         self,
@@ -131,7 +138,8 @@ class KernelPages(Pages):
         head_bytes = self.layout.block_layout(block_tokens).head_bytes
         part = slice((low - shard.start) * head_bytes, (high - shard.start) * head_bytes)
         heads = range(low - held.start, high - held.start)
-        self._in.copy_in(runs, [view[part] for view in views], block_tokens, heads)
+        parts = [view[part] for view in views]
+        self._in.copy_in(runs, parts, block_tokens, heads, self._after)
 
     def _runs(
         self, used: dict[int, int], first: int, blocks: int, block_tokens: int, wanted: range
@@ -154,27 +162,30 @@ class _Lane:
     """Copies in one direction, of blocks of any size."""
 
     def __init__(
-        self, pages: PagedTensors, runtime: Runtime, follower: Follower, pinned: PinnedMemory
+        self, pages: PagedTensors, runtime: Runtime, stream: Stream, pinned: PinnedMemory
     ) -> None:
-        self.follower = follower
+        self.stream = stream
         self._pages = pages
         self._device = pages.views[0].device
         self._runtime = runtime
         self._pinned = pinned
         self._lock = Lock()
         self._copies: dict[int, KernelCopies] = {}  # by the block's tokens
-        self._staging: dict[int, Staging] = {}  # by the buffer's bytes
 
     def copy_out(
-        self, runs: NDArray[np.int64], views: Sequence[memoryview], block_tokens: int
+        self,
+        runs: NDArray[np.int64],
+        views: Sequence[memoryview],
+        block_tokens: int,
+        after: object,
     ) -> None:
         with self._lock:
-            start = partial(self._start, self._of(block_tokens).copy_out, runs, None)
+            start = partial(self._start, self._of(block_tokens).copy_out, runs, None, after)
             numbers = range(len(views))
             if self._pinned.holds(views, self._device):
                 event = start(numbers, views)[-1]
             else:
-                event = self._staged(views).copy_out(numbers, views, start)
+                event = self._staging(views).copy_out(numbers, views, start)
             event.wait()
 
     def copy_in(
@@ -183,14 +194,15 @@ class _Lane:
         views: Sequence[memoryview],
         block_tokens: int,
         heads: range,
+        after: object,
     ) -> None:
         with self._lock:
-            start = partial(self._start, self._of(block_tokens).copy_in, runs, heads)
+            start = partial(self._start, self._of(block_tokens).copy_in, runs, heads, after)
             numbers = range(len(views))
             if self._pinned.holds(views, self._device):
                 event = start(numbers, views)[-1]
             else:
-                event = self._staged(views).copy_in(numbers, views, start)[-1]
+                event = self._staging(views).copy_in(numbers, views, start)[-1]
             event.wait()
 
     def _start(
@@ -198,12 +210,13 @@ class _Lane:
         way: Way,
         runs: NDArray[np.int64],
         heads: range | None,
+        after: object,
         numbers: Sequence[int],
         buffers: Sequence[Buffer],
     ) -> Gates:
         """Copy blocks `numbers` of `runs` to or from the buffers."""
         own = runs[list(numbers)].ravel().tolist()
-        return [self.follower.run(partial(way, own, buffers, heads=heads))]
+        return [self.stream.run(partial(way, own, buffers, heads=heads), after)]
 
     def _of(self, block_tokens: int) -> KernelCopies:
         copies = self._copies.get(block_tokens)
@@ -212,8 +225,7 @@ class _Lane:
             self._copies[block_tokens] = copies
         return copies
 
-    def _staged(self, views: Sequence[memoryview]) -> Staging:
-        nbytes = views[0].nbytes
-        if nbytes not in self._staging:
-            self._staging[nbytes] = Staging(nbytes, self._device)
-        return self._staging[nbytes]
+    def _staging(self, views: Sequence[memoryview]) -> Staging:
+        """As much memory as these need, for this copy alone; torch keeps it for the next."""
+        each = views[0].nbytes
+        return Staging(each, self._device, min(STAGED_BYTES, len(views) * each))

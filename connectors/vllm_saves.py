@@ -18,16 +18,16 @@ class TakenBackError(LayoutError):
 
 
 class LentPages(Pages):
-    """Pages to be read from, until they are taken back: that waits for one block at most."""
+    """Pages to be read from, until they are taken back.
+
+    That waits for one block at most, and on a GPU for the step that has computed it.
+    """
 
     def __init__(self, pages: Pages) -> None:
         self.layout = pages.layout
         self._pages = pages
         self._lock = threading.Lock()
         self.is_over = False
-
-    def follow(self) -> None:
-        self._pages.follow()
 
     def take_back(self) -> None:
         """When this returns, nobody reads them any more."""

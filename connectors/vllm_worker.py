@@ -49,26 +49,26 @@ class Worker:
 
     def start_loads(self, orders: Orders) -> None:
         self._done.step = orders.step
-        self._follow(orders.loads)
+        pages = self._followed(orders.loads)
         for job in orders.loads:
             until_s = time.monotonic() + min(self._deadline_s, job.deadline_s or self._deadline_s)
-            self._loads[job.request_id] = self._loading.submit(self._load, job, until_s)
+            self._loads[job.request_id] = self._loading.submit(self._load, job, pages, until_s)
 
     def start_saves(self, orders: Orders) -> None:
         """The KV of these tokens has been computed. What there is no room for is dropped.
 
         Saves that wait are of half of the pages at most: of finished requests, they hold them.
         """
-        self._follow(orders.saves)
+        pages = self._followed(orders.saves)
         waiting = self._saves.blocks
         for job in orders.saves:
-            if self.pages is None or (waiting and waiting + job.blocks > self._most_waiting(job)):
+            if pages is None or (waiting and waiting + job.blocks > self._most_waiting(job)):
                 self._accounts.count("dropped_blocks", job.blocks)
                 self._report.has_news = True
                 self._done.saves[job.request_id] += 1
                 self._done.drop(job.request_id, job.base + job.start)
             else:
-                self._saves.add(job, self.pages)
+                self._saves.add(job, pages)
                 waiting += job.blocks
 
     def take_back(self, request_ids: set[str]) -> None:
@@ -123,22 +123,21 @@ class Worker:
         self._loading.shutdown()
         self._saves.close()
 
-    def _follow(self, jobs: Sequence[Job]) -> None:
-        """Copies for these jobs come after what this thread has told the device so far."""
-        if jobs and self.pages is not None:
-            self.pages.follow()
+    def _followed(self, jobs: Sequence[Job]) -> Pages | None:
+        """Pages for these jobs: copied after what this thread has told the device, and no later."""
+        return self.pages.follow() if jobs and self.pages is not None else None
 
     # ---- in the threads
 
-    def _load(self, job: Job, until_s: float) -> set[int]:
+    def _load(self, job: Job, pages: Pages | None, until_s: float) -> set[int]:
         """The pages that did not come whole."""
-        assert self.pages is not None
+        assert pages is not None
         try:
-            connector = self._connector(job.chain.namespace, self.pages)
+            connector = self._connector(job.chain.namespace, pages)
             load = connector.load(
                 job.chain,
                 job.table,
-                self.pages,
+                pages,
                 start_token=job.start,
                 stop_token=job.stop,
                 deadline_s=max(0.0, until_s - time.monotonic()),
@@ -146,7 +145,7 @@ class Worker:
             load.wait()
         except Exception as error:
             self._accounts.store_failed("load", error)
-            size = self.pages.layout.block_tokens
+            size = pages.layout.block_tokens
             return set(job.table[job.start // size : -(-job.stop // size)])
         return load.failed_pages
 

@@ -51,7 +51,8 @@ class CudaEvent:
         return bool(self._event.query())
 
     def wait(self) -> None:
-        self._event.synchronize()
+        with torch.cuda.device(self._device):  # a thread's own may be another
+            self._event.synchronize()
 
     def precede_compute(self) -> None:
         torch.cuda.current_stream(self._device).wait_event(self._event)

@@ -122,13 +122,13 @@ class Offload:
 
     def _meet(self, sequence: TokenSequence, chain: Chain, meeting: Meeting) -> None:
         """Load what is before the blocks to be computed, and what is after them."""
-        computed, deadline_s = meeting.computed, meeting.deadline_s
-        self.counters["met_blocks"] += len(computed)
+        computed, deadline_s = meeting
         for part in (slice(0, computed.start), slice(computed.stop, None)):
             start, stop, _ = part.indices(len(chain))
             if start < stop:
                 lease = self._store.acquire(chain.slice(start, stop), deadline_s=deadline_s)
                 self._arrivals.begin(sequence, lease, sequence.computed_blocks + start)
+        self.counters["met_blocks"] += len(computed)
 
     def poll(self, *, others_run: bool) -> None:
         """Go on with what was copied to HBM meanwhile, and copy what is ready."""

@@ -47,7 +47,7 @@ class Scheduler:
     Every step takes one token of each decoding sequence and up to `chunk_tokens`
     tokens of prompts. Chunks end at multiples of `chunk_tokens` of the prompt's
     own positions, wherever they begin: after a hit the same chunks follow as
-    without it.
+    without it. Or where blocks begin that are being loaded.
 
     `demote` is called with a sequence that must give up its blocks, while their
     content is still there.
@@ -124,8 +124,8 @@ class Scheduler:
         pieces: list[Piece] = []
         prefilling: list[TokenSequence] = []
         for sequence in self.running.copy():
-            if sequence.phase is Phase.WAITING:
-                continue  # preempted a moment ago
+            if sequence.phase is Phase.WAITING or not sequence.computable_tokens:
+                continue  # preempted a moment ago, or all that it lacks is on its way
             if sequence.pending_tokens > 1:
                 prefilling.append(sequence)
             elif self._make_room(sequence, copies):
@@ -175,7 +175,7 @@ class Scheduler:
             end = (sequence.computed_tokens // self._chunk_tokens + 1) * self._chunk_tokens
             tokens = min(end - sequence.computed_tokens, sequence.computable_tokens)
             if not tokens:
-                continue  # all that it lacks is on its way
+                continue  # others have just brought what it could have computed
             if tokens > budget:
                 break  # nobody overtakes
             budget -= tokens

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvstore.connectors.convert import Pages
 from kvstore.connectors.device_pages import pages_of
-from kvstore.connectors.kernel_pages import CudaFollower, KernelPages
+from kvstore.connectors.kernel_pages import CopyingStream, KernelPages
 from kvstore.connectors.page_layout import PageLayout
 from kvstore.errors import LayoutError
 from kvstore.kernels.pinned_memory import PinnedMemory
@@ -33,18 +33,22 @@ SIZES = ((16, 16), (16, 32), (32, 16), (16, 24), (48, 32))  # tokens of a page, 
 Make = Callable[[PageLayout, list[Tensor]], KernelPages]
 
 
-class Follower:
-    """A stream that does nothing before it must, and counts what it was told to follow."""
+class LateStream:
+    """A stream that does nothing before it must, and notes after what it was to do it."""
+
+    marks = 0
+    after: ClassVar[list[object]] = []
 
     def __init__(self, device: torch.device) -> None:
         self._stream = Later()
-        self.followed = 0
 
-    def follow(self) -> None:
-        self.followed += 1
+    def computed(self) -> object:
+        LateStream.marks += 1
+        return LateStream.marks
 
-    def run(self, copy: Callable[[], None]) -> CopyEvent:
-        return self._stream.run(copy)
+    def run(self, start: Callable[[], None], after: object) -> CopyEvent:
+        self.after.append(after)
+        return self._stream.run(start)
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -56,13 +60,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def make(device: torch.device, pytestconfig: pytest.Config) -> Make:
     if device.type == "cuda":
         return lambda layout, tensors: KernelPages(layout, tensors)
+    return emulated(pytestconfig)
+
+
+def emulated(pytestconfig: pytest.Config) -> Make:
     if shutil.which("g++") is None:
         pytest.skip("kernels are emulated with g++, which is not there")
     assert pytestconfig.cache is not None
     runtime = EmulatedRuntime(Path(pytestconfig.cache.mkdir("emulator")))
     pinned = PinnedMemory(lambda start, nbytes, device: 0, lambda start, device: 0, at_once)
     return lambda layout, tensors: KernelPages(
-        layout, tensors, runtime=runtime, follower=Follower, pinned=pinned
+        layout, tensors, runtime=runtime, stream=LateStream, pinned=pinned
     )
 
 
@@ -83,6 +91,20 @@ def page_layout(order: str, page_tokens: int, heads: Shard | None = None) -> Pag
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
     pairs = zip(one, other, strict=True)
     return all(torch.equal(a.view(torch.uint8).cpu(), b.view(torch.uint8).cpu()) for a, b in pairs)
+
+
+def test_a_copy_comes_after_what_its_pages_follow_and_no_later(pytestconfig: pytest.Config) -> None:
+    make: Make = emulated(pytestconfig)
+    layout = page_layout("LBHNKD", 16)
+    pages = make(layout, random_tensors(layout))
+    view = [memoryview(bytearray(layout.block_layout(16).block_bytes))]
+    LateStream.after.clear()
+    LateStream.marks = 0
+    early, late = pages.follow(), pages.follow()
+    for each in (early, late, early, pages):
+        each.copy_out([3], 0, view, 16)
+        each.copy_in([3], 0, view, 16, layout.held, range(16))
+    assert LateStream.after == [1, 1, 2, 2, 1, 1, None, None]
 
 
 @pytest.mark.parametrize("heads", [None, Shard(2, 2)], ids=["all", "half"])
@@ -192,15 +214,15 @@ def test_a_copy_follows_what_another_stream_computes() -> None:
     view = memoryview(bytearray(layout.block_layout(16).block_bytes))
     with busy_stream():
         tensor.view(torch.uint8).fill_(7)
-        pages.follow()
-    thread = Thread(target=pages.copy_out, args=([3], 0, [view], 16))
+        followed = pages.follow()
+    thread = Thread(target=followed.copy_out, args=([3], 0, [view], 16))
     thread.start()
     thread.join()
     assert bytes(view) == bytes([7]) * len(view)
 
 
 @pytest.mark.gpu
-def test_a_follower_that_follows_nobody_waits_for_all() -> None:
+def test_a_copy_after_nothing_said_waits_for_all() -> None:
     value = torch.zeros(1, device="cuda")
     seen = torch.empty(1, pin_memory=True)
     with busy_stream():
@@ -209,5 +231,5 @@ def test_a_follower_that_follows_nobody_waits_for_all() -> None:
     def copy() -> None:
         seen.copy_(value, non_blocking=True)
 
-    CudaFollower(value.device).run(copy).wait()
+    CopyingStream(value.device).run(copy, None).wait()
     assert seen.item() == 3

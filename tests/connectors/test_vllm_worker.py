@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_pages_are_not_taken_back_while_a_block_is_copied() -> None:
     lent = LentPages(Slow(memory.pages))
     blocks = [memoryview(bytearray(NAMESPACE.layout.block_bytes)) for _ in range(2)]
 
-    def copy() -> None:
+    def copy_out() -> None:
         with suppress(TakenBackError):  # before the second block, perhaps
             lent.copy_out(TABLE, 0, blocks, 16)
 
@@ -61,7 +62,7 @@ def test_pages_are_not_taken_back_while_a_block_is_copied() -> None:
         lent.take_back()
         taken.set()
 
-    threads = [threading.Thread(target=copy), threading.Thread(target=take_back)]
+    threads = [threading.Thread(target=copy_out), threading.Thread(target=take_back)]
     threads[0].start()
     assert copying.wait(PATIENCE_S)
     threads[1].start()
@@ -126,30 +127,45 @@ def test_one_save_that_is_larger_than_what_may_wait_is_made(block_store: BlockSt
 class Followers(Pages):
     """Pages of a device, on which what is computed may take its time."""
 
-    followed = 0
-    seen: tuple[int, ...] = ()  # how often it had been followed when something was copied
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.step, self.follows = 0, -1
+        self.seen: list[tuple[str, int]] = []  # of each copy: its way, and which step it follows
 
-    def follow(self) -> None:
-        self.followed += 1
+    def follow(self) -> Pages:
+        followed = copy.copy(self)
+        followed.follows = self.step
+        return followed
 
     def copy_out(self, *arguments: Any) -> None:
-        self.seen += (self.followed,)
+        self.seen.append(("out", self.follows))
         super().copy_out(*arguments)
 
     def copy_in(self, *arguments: Any) -> None:
-        self.seen += (self.followed,)
+        self.seen.append(("in", self.follows))
         super().copy_in(*arguments)
 
 
-def test_copies_follow_what_was_computed_before_their_step(block_store: BlockStore) -> None:
-    with rig_of(block_store) as rig:
+def test_copies_follow_what_was_computed_in_their_own_step(
+    tmp_path: Path, block_store: BlockStore
+) -> None:
+    with (
+        Daemon(block_store, tmp_path / "s") as daemon,
+        daemon.connect() as client,
+        rig_of(client) as rig,
+    ):
         pages = rig.worker.pages = Followers(rig.memory.layout, rig.memory.tensors)
-        rig.work(Orders(saves=[job(0, 32)]))
+        with daemon.wedged():  # so that no save is made before the last step
+            for pages.step, tokens in enumerate([(0, 32), (32, 64), (64, 80)]):
+                rig.work(Orders(saves=[job(*tokens)]))
         rig.finish("a")
-        assert (pages.followed, set(pages.seen)) == (1, {1})
+        assert pages.seen == [("out", 0)] * 2 + [("out", 1)] * 2 + [("out", 2)]
+        pages.seen.clear()
+        pages.step = 3
         if "a" not in rig.work(Orders(loads=[job(0, 32)])).loaded:
+            pages.step = 4
             rig.idle_until(lambda ended: "a" in ended.loaded)
-        assert (pages.followed, set(pages.seen)) == (2, {1, 2})
+        assert set(pages.seen) == {("in", 3)}
 
 
 def test_a_load_ends_by_its_own_deadline(tmp_path: Path) -> None:

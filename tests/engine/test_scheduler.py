@@ -277,6 +277,19 @@ def test_what_lies_before_the_blocks_that_load_is_computed_meanwhile() -> None:
     assert len(engine.finished) == 1
 
 
+def test_the_last_token_waits_as_well_until_all_has_come() -> None:
+    engine = FakeEngine(blocks=8)
+    loading = engine.add([1] * 17, generate=1)
+    for _ in range(2):
+        engine.step()
+    assert loading.pending_tokens == 1
+    loading.phase, loading.loading_from = Phase.LOADING, 2  # others have brought the rest
+    assert engine.step().pieces == []
+    loading.phase = Phase.RUNNING
+    engine.run()
+    assert len(engine.finished) == 1
+
+
 def test_nobody_is_preempted_for_blocks_that_will_be_free_without_it() -> None:
     engine = FakeEngine(blocks=8, chunk_tokens=32)
     old = engine.add([1] * 7, generate=16)
