@@ -28,11 +28,12 @@ from kvstore.kernels.paged_tensors import PagedTensors
 from kvstore.kernels.pinned_memory import PINNED, PinnedMemory
 from kvstore.layout import Shard
 from kvstore.tiers.hbm_copies import CopyEvent, Gates
-from kvstore.tiers.hbm_cuda import CudaEvent
-from kvstore.tiers.hbm_staging import STAGED_BYTES, Staging
+from kvstore.tiers.hbm_cuda import CudaStream, new_event
+from kvstore.tiers.hbm_staging import STAGED_BYTES, Staging, Start
 
-# How `KernelCopies.copy_out` and `copy_in` are called here.
+# A verb of `KernelCopies`, and the one of `Staging` for what it cannot reach; both as functions.
 Way = Callable[..., None]
+Stage = Callable[[Staging, Sequence[int], Sequence[memoryview], Start], CopyEvent]
 
 
 class Stream(Protocol):
@@ -42,39 +43,27 @@ class Stream(Protocol):
         """A mark behind all that the calling thread has told the device so far."""
         ...
 
-    def run(self, start: Callable[[], None], after: object) -> CopyEvent:
-        """Do what `start` starts after that mark; None: after all that the device was told.
+    def run(self, copy: Callable[[], None], after: object = None) -> CopyEvent:
+        """Do what `copy` starts after that mark; None: after all that the device was told.
 
-        Where `start` raises, nothing of it is under way any more.
+        Where `copy` raises, nothing of it is under way any more.
         """
         ...
 
 
-class CopyingStream:
-    """A stream of one CUDA device."""
-
-    def __init__(self, device: torch.device) -> None:
-        stream: Callable[..., Any] = torch.cuda.Stream
-        self._device = device
-        self._stream = stream(device)
+class CopyingStream(CudaStream):
+    """A stream of one CUDA device, for threads that know nothing of the engine's."""
 
     def computed(self) -> object:
         return torch.cuda.current_stream(self._device).record_event()
 
-    def run(self, start: Callable[[], None], after: Any) -> CopyEvent:
+    def run(self, copy: Callable[[], None], after: Any = None) -> CopyEvent:
         if after is None:
             torch.cuda.synchronize(self._device)
         else:
             self._stream.wait_event(after)
         # Who waits sleeps: a thread beside the engine's has no processor to spend.
-        event: Callable[..., Any] = torch.cuda.Event
-        with torch.cuda.stream(self._stream):
-            try:
-                start()
-            except BaseException:
-                self._stream.synchronize()  # the memory of what was started will be let go of
-                raise
-            return CudaEvent(self._stream.record_event(event(blocking=True)), self._device)
+        return self._begin(copy, new_event(blocking=True))
 
 
 class KernelPages(Pages):
@@ -116,7 +105,11 @@ class KernelPages(Pages):
         if tokens:
             used = self._used(table, tokens.start, tokens.stop)
             runs = self._runs(used, first, len(views), block_tokens, tokens)
-            self._out.copy_out(runs, views, block_tokens, self._after)
+            heads = range(self.layout.held.heads)
+            self._out.copy(
+                KernelCopies.copy_out, Staging.copy_out,
+                runs, views, block_tokens, heads, self._after,
+            )  # fmt: skip
 
     def copy_in(
         self,
@@ -139,7 +132,10 @@ class KernelPages(Pages):
         part = slice((low - shard.start) * head_bytes, (high - shard.start) * head_bytes)
         heads = range(low - held.start, high - held.start)
         parts = [view[part] for view in views]
-        self._in.copy_in(runs, parts, block_tokens, heads, self._after)
+        self._in.copy(
+            KernelCopies.copy_in, _staged_in,
+            runs, parts, block_tokens, heads, self._after,
+        )  # fmt: skip
 
     def _runs(
         self, used: dict[int, int], first: int, blocks: int, block_tokens: int, wanted: range
@@ -172,44 +168,34 @@ class _Lane:
         self._lock = Lock()
         self._copies: dict[int, KernelCopies] = {}  # by the block's tokens
 
-    def copy_out(
+    def copy(
         self,
-        runs: NDArray[np.int64],
-        views: Sequence[memoryview],
-        block_tokens: int,
-        after: object,
-    ) -> None:
-        with self._lock:
-            start = partial(self._start, self._of(block_tokens).copy_out, runs, None, after)
-            numbers = range(len(views))
-            if self._pinned.holds(views, self._device):
-                event = start(numbers, views)[-1]
-            else:
-                event = self._staging(views).copy_out(numbers, views, start)
-            event.wait()
-
-    def copy_in(
-        self,
+        way: Way,
+        stage: Stage,
         runs: NDArray[np.int64],
         views: Sequence[memoryview],
         block_tokens: int,
         heads: range,
         after: object,
     ) -> None:
+        """Copy one `way`, and by way of `stage` what the device cannot reach; wait for the end."""
         with self._lock:
-            start = partial(self._start, self._of(block_tokens).copy_in, runs, heads, after)
+            start = partial(self._start, partial(way, self._of(block_tokens)), runs, heads, after)
             numbers = range(len(views))
             if self._pinned.holds(views, self._device):
-                event = start(numbers, views)[-1]
+                (event,) = start(numbers, views)
             else:
-                event = self._staging(views).copy_in(numbers, views, start)[-1]
+                # As much memory as these need, for this copy alone; torch keeps it for the next.
+                each = views[0].nbytes
+                staging = Staging(each, self._device, min(STAGED_BYTES, len(views) * each))
+                event = stage(staging, numbers, views, start)
             event.wait()
 
     def _start(
         self,
         way: Way,
         runs: NDArray[np.int64],
-        heads: range | None,
+        heads: range,
         after: object,
         numbers: Sequence[int],
         buffers: Sequence[Buffer],
@@ -225,7 +211,8 @@ class _Lane:
             self._copies[block_tokens] = copies
         return copies
 
-    def _staging(self, views: Sequence[memoryview]) -> Staging:
-        """As much memory as these need, for this copy alone; torch keeps it for the next."""
-        each = views[0].nbytes
-        return Staging(each, self._device, min(STAGED_BYTES, len(views) * each))
+
+def _staged_in(
+    staging: Staging, numbers: Sequence[int], views: Sequence[memoryview], start: Start
+) -> CopyEvent:
+    return staging.copy_in(numbers, views, start)[-1]

@@ -22,8 +22,7 @@ from kvstore.errors import WireError
 Buffer = bytes | bytearray | memoryview
 
 PIECES = 512  # of one system call; the kernel takes 1024
-# Bytes of one system call that sends. With hundreds of MiB in one the receiver gets a third less:
-# the kernel heeds what comes back when a call ends, or has to wait.
+# Bytes of one system call that sends. With hundreds of MiB in one, a third less gets through.
 CALL_BYTES = 2 << 20
 RECORD_BYTES = 256 << 10  # written at once under TLS, so that a reader's turn comes
 AHEAD_BYTES = 64 << 10  # that may be read beyond a frame; what is block bytes is copied once

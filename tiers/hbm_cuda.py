@@ -28,6 +28,8 @@ SHARED_WAIT_BYTES = 32 << 20
 # The ways of copying are measured once, with so much.
 MEASURED_BYTES = 32 << 20
 
+new_event: Callable[..., Any] = torch.cuda.Event  # which has no types
+
 
 class SideStream(Protocol):
     """A queue of the device's beside the one on which it computes."""
@@ -68,13 +70,17 @@ class CudaStream:
 
     def run(self, copy: Callable[[], None]) -> CopyEvent:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return self._begin(copy, new_event())
+
+    def _begin(self, copy: Callable[[], None], end: Any) -> CopyEvent:
+        """Do what `copy` starts, after what the stream waits for; `end` is recorded behind it."""
         with torch.cuda.stream(self._stream):
             try:
                 copy()
             except BaseException:
                 self._stream.synchronize()  # the memory of what was started will be let go of
                 raise
-        return CudaEvent(self._stream.record_event(), self._device)
+            return CudaEvent(self._stream.record_event(end), self._device)
 
 
 class CudaCopies:

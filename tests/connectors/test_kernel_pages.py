@@ -46,9 +46,9 @@ class LateStream:
         LateStream.marks += 1
         return LateStream.marks
 
-    def run(self, start: Callable[[], None], after: object) -> CopyEvent:
+    def run(self, copy: Callable[[], None], after: object = None) -> CopyEvent:
         self.after.append(after)
-        return self._stream.run(start)
+        return self._stream.run(copy)
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -11,6 +11,10 @@ import torch
 from kvstore.tiers.hbm import HbmTier
 from kvstore.tiers.hbm_copies import UNBOUNDED, CopyEvent, Gates, HostCopies
 
+# For `DelayedCopies`: what may be copied layer by layer, by whether others run.
+NEVER = {False: 0, True: 0}
+ALWAYS = {False: UNBOUNDED, True: UNBOUNDED}
+
 
 class Delayed:
     """A copy that was asked for: made by `run`, or when someone has to wait for it."""

@@ -20,7 +20,7 @@ from kvstore.store import BlockStore
 from kvstore.tiers.hbm import HbmTier
 from kvstore.tiers.hbm_copies import UNBOUNDED, CopyEvent, HostCopies
 from kvstore.tiers.ram import RamTier
-from tests.engine.delayed import DelayedCopies
+from tests.engine.delayed import ALWAYS, NEVER, DelayedCopies
 from tests.engine.reference import (
     GREEDY,
     LONG,
@@ -36,10 +36,8 @@ from tests.engine.traffic import Traffic
 
 SLOT_BYTES = 4096  # of RAM, for a block of 2 KiB
 # When loads are made layer by layer while the sequence runs: how many bytes, by whether others do.
-NEVER = {False: 0, True: 0}
 ALONE = {False: UNBOUNDED, True: 0}
 SMALL = {False: UNBOUNDED, True: 8 * 2048}
-ALWAYS = {False: UNBOUNDED, True: UNBOUNDED}
 
 
 @contextmanager

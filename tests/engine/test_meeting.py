@@ -18,7 +18,7 @@ from kvstore.planner import LinearCost
 from kvstore.store import BlockStore
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.ram import RamTier
-from tests.engine.delayed import DelayedCopies
+from tests.engine.delayed import ALWAYS, NEVER, DelayedCopies
 from tests.engine.reference import (
     BLOCK_TOKENS,
     GREEDY,
@@ -32,8 +32,6 @@ from tests.engine.reference import (
 )
 from tests.engine.traffic import Traffic
 
-NEVER = {False: 0, True: 0}
-ALWAYS = {False: 1 << 40, True: 1 << 40}
 BLOCK_S = 10.0  # to load a block, or to compute one: they meet half way, at block 6 of LONG's 12
 ONCE = SamplingParams(max_tokens=1)
 
