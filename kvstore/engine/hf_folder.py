@@ -43,7 +43,7 @@ class HFFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config: ModelConfig = config_from_hf(_read_config(path), path.resolve().name)
+        self.config: ModelConfig = config_from_hf(_read_config(path), _model_name(path.resolve()))
         self._headers: dict[Path, bytes] = {}
         self._places: dict[str, _Place] = {}
         for file in self._weight_files():
@@ -204,6 +204,13 @@ class HFFolder:
             return self._places[name]
         except KeyError:
             raise ModelError(f"{self.path} has no weight {name}") from None
+
+
+def _model_name(folder: Path) -> str:
+    """The folder's own, or the model's where the hub's cache has named it after a commit."""
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.parents[1].name.split("--")[-1]
+    return folder.name
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -121,3 +121,22 @@ def test_other_tokenizers_are_told_apart(folder: Path) -> None:
         (folder / "tokenizer.model").write_text(content)
         seen.add(HFFolder(folder).tokenizer_fingerprint())
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("models/SmolLM2-135M", "SmolLM2-135M"),
+        ("hub/models--HuggingFaceTB--SmolLM2-135M/snapshots/93efa2f", "SmolLM2-135M"),
+        ("hub/models--gpt2/snapshots/607a30d", "gpt2"),
+        ("mine/snapshots/monday", "monday"),
+    ],
+)
+def test_a_model_is_called_the_same_in_the_hubs_cache_and_in_a_folder(
+    folder: Path, tmp_path: Path, place: str, name: str
+) -> None:
+    (tmp_path / place).parent.mkdir(parents=True)
+    shutil.move(folder, tmp_path / place)
+    assert HFFolder(tmp_path / place).config.name == name
+    (tmp_path / "current").symlink_to(tmp_path / place)
+    assert HFFolder(tmp_path / "current").config.name == name
