@@ -18,7 +18,7 @@ from kvstore.connectors.device_pages import pages_of
 from kvstore.connectors.kernel_pages import CopyingStream, KernelPages
 from kvstore.connectors.page_layout import PageLayout
 from kvstore.errors import LayoutError
-from kvstore.kernels.pinned_memory import PinnedMemory
+from kvstore.kernels.pinned_memory import PINNED, PinnedMemory
 from kvstore.layout import Shard
 from kvstore.tiers.arena import Arena
 from kvstore.tiers.hbm_copies import CopyEvent
@@ -75,9 +75,13 @@ def emulated(pytestconfig: pytest.Config) -> Make:
 
 
 @pytest.fixture(params=["pinned", "staged"])
-def cut(request: pytest.FixtureRequest) -> Iterator[Callable[[int, int], list[memoryview]]]:
+def cut(
+    request: pytest.FixtureRequest, device: torch.device
+) -> Iterator[Callable[[int, int], list[memoryview]]]:
     """Makes so many buffers of so many bytes, in an arena or anywhere."""
     arena = Arena(1 << 20)
+    if device.type == "cuda":
+        assert PINNED.pin(arena.buffer, device)
     whole = arena.buffer if request.param == "pinned" else memoryview(bytearray(1 << 20))
     yield lambda count, nbytes: [whole[i * nbytes : (i + 1) * nbytes] for i in range(count)]
     whole.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,12 +57,15 @@ def side_by_side(cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> 
         cache[page, :, offset] = torch.cat([keys[token], values[token]], dim=-1)
 
 
-def on_gpus(write: Write, order: list[int], block_tokens: int = 16) -> tuple[Pages, list[Tensor]]:
+def on_gpus(
+    write: Write, order: list[int], block_tokens: int = 16, device: str = "cpu"
+) -> tuple[Pages, list[Tensor]]:
     """Tensors that look like [blocks, heads, tokens, 2 * head_dim], and lie in `order`."""
     shape = (5, 2, PAGE, 16)
     sizes = [shape[axis] for axis in order]
     back = [order.index(axis) for axis in range(4)]
-    caches = [torch.zeros(sizes, dtype=torch.bfloat16).permute(back) for _ in range(3)]
+    zeros = partial(torch.zeros, sizes, dtype=torch.bfloat16, device=device)
+    caches = [zeros().permute(back) for _ in range(3)]
     names = ["a", "b", "c"]
 
     def written(name: str, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -69,7 +73,7 @@ def on_gpus(write: Write, order: list[int], block_tokens: int = 16) -> tuple[Pag
 
     namespace = replace(NAMESPACE, block_tokens=block_tokens)
     candidates = [gpu_pages(caches, namespace, WHOLE)]
-    return proven(candidates, names, written, torch.device("cpu")), caches
+    return proven(candidates, names, written, torch.device(device)), caches
 
 
 def tried(write: Write, heads: Shard = WHOLE) -> tuple[Any, list[Tensor]]:
@@ -93,9 +97,10 @@ def test_the_layout_that_is_written_is_the_one_that_is_read(
     assert not any(cache.any() for cache in caches)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 2, 1, 3], [1, 0, 2, 3]])
-def test_on_gpus_tensors_say_how_they_lie(order: list[int]) -> None:
-    pages, caches = on_gpus(side_by_side, order)
+def test_on_gpus_tensors_say_how_they_lie(order: list[int], device: str) -> None:
+    pages, caches = on_gpus(side_by_side, order, device=device)
     assert pages.layout.order == "BHNKD"
     assert not any(cache.any() for cache in caches)
     caches[1][3, 1, 5, 8:] = 1  # V of a token
