@@ -51,6 +51,7 @@ def _open_gpu() -> bool:
 
     if not torch.cuda.is_available():
         return False
-    torch.zeros(1, pin_memory=True).to("cuda", non_blocking=True)
+    ones = torch.ones((8, 8), pin_memory=True).to("cuda", non_blocking=True)
+    torch.mm(ones, ones)
     torch.cuda.synchronize()
     return True

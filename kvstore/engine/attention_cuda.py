@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -23,6 +24,10 @@ from kvstore.kernels.paged_attention_cuda import (
     decode,
 )
 from kvstore.kernels.write_kv_cuda import write_kv
+
+# Not cuDNN's: it makes a plan for each length of prompt that it meets, for tens of milliseconds
+# in which nobody decodes.
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class CudaAttention:
@@ -156,13 +161,14 @@ class _Chunk:
             pairs = pairs.to(torch.float16)
             rows = rows * scales[:, layer, 0, None, None]
         keys, values = pairs.transpose(0, 1)[:, None]
-        attended = scaled_dot_product_attention(
-            rows.flatten(1, 2).transpose(0, 1)[None].to(pairs.dtype),
-            keys,
-            values,
-            attn_mask=self._mask,
-            enable_gqa=True,
-        )
+        with sdpa_kernel(_BACKENDS):
+            attended = scaled_dot_product_attention(
+                rows.flatten(1, 2).transpose(0, 1)[None].to(pairs.dtype),
+                keys,
+                values,
+                attn_mask=self._mask,
+                enable_gqa=True,
+            )
         result = attended[0].transpose(0, 1).reshape(rows.shape)
         if scales is not None:
             result = result.float() * scales[:, layer, 1, None, None]

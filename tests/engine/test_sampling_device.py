@@ -119,10 +119,11 @@ def test_the_host_waits_for_the_tokens_alone() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # that it is a prototype
 def test_a_device_agrees_that_nothing_waits() -> None:
     logits = torch.randn(4, VOCAB, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         _drawn([Draw(params, 0.5) for params in KINDS], rows_of(logits, range(4)))
     finally:
         torch.cuda.set_sync_debug_mode("default")
