@@ -109,18 +109,19 @@ def measured(
             )
             continue
         began(benchmark.name)
-        yield from _of_one(benchmark, bench)
+        yield from attempted(benchmark.name, benchmark.run(bench))
         bench.card.clear()
 
 
-def _of_one(benchmark: Benchmark, bench: Bench) -> Iterator[Row | Unmeasured]:
+def attempted(name: str, rows: Iterator[Row | Unmeasured]) -> Iterator[Row | Unmeasured]:
+    """`rows`, as far as they can be measured, and then why the others of `name` cannot."""
     try:
-        yield from benchmark.run(bench)
+        yield from rows
     except NotHereError as missing:
-        yield Unmeasured(benchmark.name, "skipped", str(missing))
+        yield Unmeasured(name, "skipped", str(missing))
     except Exception as error:  # no room as well: what a benchmark needs it has asked for
-        log.debug("%s broke", benchmark.name, exc_info=True)
-        yield Unmeasured(benchmark.name, "failed", f"{type(error).__name__}: {_one_line(error)}")
+        log.debug("%s broke", name, exc_info=True)
+        yield Unmeasured(name, "failed", f"{type(error).__name__}: {_one_line(error)}")
 
 
 def _one_line(error: Exception) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from kvstore.bench.company import Repeated
+from kvstore.bench.rows import NotHereError
+from kvstore.bench.turns import timed
 from kvstore.engine.decode_steps import Capture, GraphCapture
 from kvstore.engine.device_name import torch_device
 from kvstore.errors import SettingsError
@@ -25,7 +29,8 @@ Work = Callable[[], object]  # starts something on torch's current stream
 # The device sleeps so long before it is measured, in its cycles: about 10 ms, in which the host
 # gets ahead of it. What is measured is then the device, and not how fast work is given to it.
 _HEAD_START_CYCLES = 20_000_000
-_HEAD_START_S = 0.02  # at most
+# Of company, so much is started in advance: the host is away while it starts what is measured.
+_AHEAD_S = 0.02
 
 
 class Card(Protocol):
@@ -50,7 +55,8 @@ class Card(Protocol):
     def seconds_beside(self, work: Work, company: Sequence[Work]) -> float:
         """For `work`, while each of `company` is repeated on a stream of its own until it is done.
 
-        Raises RuntimeError where `company` ended first.
+        Raises NotHereError where to start `company` takes the host longer than it lasts, and
+        RuntimeError where it ended first, also with twice as much started in advance.
         """
         ...
 
@@ -111,31 +117,39 @@ class CudaCard:
         return float(begin.elapsed_time(end)) / 1e3
 
     def seconds_beside(self, work: Work, company: Sequence[Work]) -> float:
-        alone_s = self.seconds(work)
-        # Company slows each other down as well, so this is more than enough of each.
-        lasting_s = 2 * (_HEAD_START_S + alone_s)
-        repeats = [math.ceil(lasting_s / self.seconds(each)) + 1 for each in company]
-        gate, begin, end = _event(), _event(), _event()
-        self._head_start()
-        gate.record()
+        done_s = [min(self.seconds(each) for _ in range(2)) for each in company]
+        told_s = sum(timed(each)() for each in company)
+        if told_s >= min(done_s):
+            raise NotHereError(
+                f"copies are shorter than their launch: {min(done_s) * 1e6:.0f} us, and to start "
+                f"them takes {told_s * 1e6:.0f}"
+            )
+        for ahead_s in (_AHEAD_S, 2 * _AHEAD_S):
+            ahead = [max(2, math.ceil(ahead_s / seconds)) for seconds in done_s]
+            if (taken_s := self._beside(work, company, ahead)) is not None:
+                return taken_s
+        raise RuntimeError("the copies beside it ended first: what was measured is neither")
+
+    def _beside(self, work: Work, company: Sequence[Work], ahead: Sequence[int]) -> float | None:
+        """None where company paused. `ahead` says how many of each are started in advance."""
+        torch.cuda.synchronize(self.device)
         streams = self._side_streams(len(company))
-        lasts = []
-        for stream, each, count in zip(streams, company, repeats, strict=True):
-            stream.wait_event(gate)
-            with torch.cuda.stream(stream):
-                for _ in range(count):
-                    each()
-            lasts.append(stream.record_event())
-        _sleep()  # again: to start all of that has taken the host a while
+        repeated = [
+            Repeated(partial(_started, each, stream), count)
+            for each, stream, count in zip(company, streams, ahead, strict=True)
+        ]
+        begin, end = _event(), _event()
+        for _ in range(max(ahead)):
+            _go_on(repeated)
+        _sleep()
         begin.record()
         work()
         end.record()
-        end.synchronize()
-        ended_first = any(last.query() for last in lasts)
+        while not end.query():
+            _go_on(repeated)
+        never_paused = all(each.never_paused for each in repeated)
         torch.cuda.synchronize(self.device)
-        if ended_first:
-            raise RuntimeError("the copies beside it ended first: what was measured is neither")
-        return float(begin.elapsed_time(end)) / 1e3
+        return float(begin.elapsed_time(end)) / 1e3 if never_paused else None
 
     def pinned(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -181,6 +195,17 @@ def cuda_card(name: str) -> CudaCard:
     if device.type != "cuda":
         raise SettingsError(f"device {name}: this measures GPUs; give cuda, or cuda:1")
     return CudaCard(device)
+
+
+def _started(work: Work, stream: Any) -> Any:
+    with torch.cuda.stream(stream):
+        work()
+    return stream.record_event()
+
+
+def _go_on(repeated: Sequence[Repeated]) -> None:
+    for each in repeated:
+        each.go_on()
 
 
 def _sleep() -> None:

@@ -14,7 +14,7 @@ from kvstore.bench import decode
 from kvstore.bench.asking import fresh_tokens
 from kvstore.bench.benchmark import Bench
 from kvstore.bench.card import Work
-from kvstore.bench.rows import Row
+from kvstore.bench.rows import Row, Unmeasured
 from kvstore.bench.sizes import TINY
 from kvstore.engine.decode_steps import Capture
 from kvstore.engine.naming import namespace_of
@@ -81,5 +81,24 @@ def test_beside_copies_a_graph_is_replayed_in_which_all_decode(
     noting = Noting(card.runtime)
     assert len(list(decode.measure_beside(Bench(noting, TINY, tmp_path)))) == 3
     logits = torch.Size((TINY.beside.batch, TINY.model.vocab_size))
-    # To RAM, from it, and both; a round that is dropped, and one that counts.
-    assert noting.beside == [(logits, 1, company) for company in (1, 1, 2)] * 2
+    # To RAM, from it, and both; each a round that is dropped, and one that counts.
+    assert noting.beside == [(logits, 1, company) for company in (1, 1, 1, 1, 2, 2)]
+
+
+class OneWayOnly(CpuCard):
+    """Beside copies both ways at once nothing can be measured."""
+
+    def seconds_beside(self, work: Work, company: Sequence[Work]) -> float:
+        if len(company) == 2:
+            raise RuntimeError("ended first")
+        return super().seconds_beside(work, company)
+
+
+def test_of_what_runs_beside_one_that_breaks_costs_its_own_row_alone(
+    card: CpuCard, tmp_path: Path
+) -> None:
+    *rows, said = decode.measure_beside(Bench(OneWayOnly(card.runtime), TINY, tmp_path))
+    assert [type(row) for row in rows] == [Row, Row]
+    assert said == Unmeasured(
+        "decode steps beside pages both ways", "failed", "RuntimeError: ended first"
+    )
