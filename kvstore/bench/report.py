@@ -46,6 +46,20 @@ def write(results: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
+def line(each: Row | Unmeasured) -> str:
+    """One result, for who watches."""
+    if isinstance(each, Unmeasured):
+        return f"{_OUTCOMES[each.outcome][1]} {each.name}: {each.reason}"
+    parts = [f"{_short(each.value)} {each.unit}"]
+    if each.ceiling is not None and each.ratio is not None:
+        parts.append(f"{each.ratio:.3f} of {_short(each.ceiling)}, {each.against}")
+    if each.ok is not None:
+        parts.append(f"{_bound(each)}: {_WORDS[each.ok]}")
+    if each.note:
+        parts.append(each.note)
+    return f"{each.name}: {'; '.join(parts)}"
+
+
 def print_table(rows: Sequence[Row], unmeasured: Sequence[Unmeasured], console: Console) -> None:
     table = Table("figure", title_justify="left")
     for heading in ("value", "ceiling", "ratio", "bound"):
@@ -81,7 +95,8 @@ def print_table(rows: Sequence[Row], unmeasured: Sequence[Unmeasured], console: 
 
 
 _OUTCOMES = {"skipped": ("yellow", "not measured"), "failed": ("bold red", "failed")}
-_MARKS = {True: "[green]ok[/]", False: "[bold red]misses[/]", None: ""}
+_WORDS = {True: "ok", False: "misses"}
+_MARKS = {True: f"[green]{_WORDS[True]}[/]", False: f"[bold red]{_WORDS[False]}[/]", None: ""}
 
 
 def _bound(row: Row) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -39,6 +39,10 @@ class Row:
         above = self.at_least is None or self.ratio >= self.at_least
         below = self.at_most is None or self.ratio <= self.at_most
         return above and below
+
+    def unjudged(self) -> Row:
+        """The same for information."""
+        return replace(self, at_least=None, at_most=None)
 
     def to_json(self) -> dict[str, Any]:
         return {
