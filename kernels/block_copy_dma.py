@@ -21,6 +21,8 @@ from kvstore.kernels.cuda_module import Rows, Runtime
 from kvstore.kernels.paged_tensors import PagedTensors, steps
 
 REPEATS = 5
+# About 2 ms of the device's cycles, in which the host prepares what is measured.
+_HEAD_START_CYCLES = 4_000_000
 MAX_PITCH_BYTES = (1 << 31) - 1  # of all CUDA devices so far (cudaDevAttrMaxPitch)
 
 
@@ -112,10 +114,12 @@ def measured(copies: BlockCopies, runs: Sequence[int], buffers: Buffers) -> Meas
     Overwrites the buffers with the blocks, and then the blocks with the same bytes.
     """
     event: Callable[..., Any] = torch.cuda.Event
+    sleep: Callable[[int], None] = torch.cuda._sleep
     times: dict[str, list[float]] = {"out": [], "in": []}
     for turn in range(REPEATS + 1):
         for way, copy in (("out", copies.copy_out), ("in", copies.copy_in)):
             begin, end = event(enable_timing=True), event(enable_timing=True)
+            sleep(_HEAD_START_CYCLES)
             begin.record()
             copy(runs, buffers)
             end.record()

@@ -184,5 +184,6 @@ def measure_writes(bench: Bench) -> Iterator[Row | Unmeasured]:
             group="attention",
             value=taken / model.layers * 1e6,
             unit="us",
-            note="scattered slots, rotary embedding of K included",
+            note="scattered slots, rotary embedding of K included; every layer writes the same K "
+            "and V, which it finds in the L2 cache, as right after their projection",
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvstore.bench.company import Repeated
+from kvstore.bench.driver import driver_facts
 from kvstore.bench.rows import NotHereError
 from kvstore.bench.turns import timed
 from kvstore.engine.decode_steps import Capture, GraphCapture
@@ -176,6 +177,7 @@ class CudaCard:
             "multiprocessors": properties.multi_processor_count,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
+            **driver_facts(str(getattr(properties, "uuid", ""))),
         }
 
     def _head_start(self) -> None:
