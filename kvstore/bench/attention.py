@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvstore.bench.benchmark import Bench
 from kvstore.bench.pages import block_tables, random_kv, shuffled
-from kvstore.bench.peers import Peer, contiguous, peers
+from kvstore.bench.peers import Attend, Peer, contiguous, peers
 from kvstore.bench.rows import Row, Unmeasured
 from kvstore.bench.sizes import DecodeShape, pair_bytes, token_bytes
 from kvstore.bench.turns import Turn, medians
@@ -99,15 +99,15 @@ def _of_shape(
         "copy": lambda: card.seconds(copy),
     }
     beside: list[Peer] = []
-    for made in peers(decoding, sizes.model):
+    for made in peers(decoding, sizes.model, card.seconds):
         if isinstance(made, Unmeasured):
             yield Unmeasured(f"{name}, beside {made.name}", made.outcome, made.reason)
             continue
-        _compare(decoding, made)
+        _compare(decoding, made.attend, made.name)
         beside.append(made)
         turns[made.name] = partial(_peer_seconds, bench, made)
     if not beside:
-        _compare(decoding, contiguous(decoding, torch.float32))
+        _compare(decoding, contiguous(decoding, torch.float32).attend, "torch")
     seconds = medians(turns, sizes.rounds)
     rate = {who: decoding.layer_bytes / taken / 1e9 for who, taken in seconds.items()}
     yield Row(
@@ -143,14 +143,14 @@ def _peer_seconds(bench: Bench, peer: Peer) -> float:
     return bench.card.seconds(calls) / repeats
 
 
-def _compare(decoding: Decoding, peer: Peer) -> None:
+def _compare(decoding: Decoding, attend: Attend, name: str) -> None:
     """Raises RuntimeError unless both give the same for the first layer."""
     decoding.out.fill_(torch.nan)
     decoding.layer(0)
-    theirs = peer.attend().reshape(decoding.out.shape).float()
+    theirs = attend().reshape(decoding.out.shape).float()
     difference = (decoding.out.float() - theirs).abs().max()
     if not bool(difference <= _TOLERANCE * theirs.abs().max()):
-        raise RuntimeError(f"our attention differs from {peer.name}'s by {float(difference):.3g}")
+        raise RuntimeError(f"our attention differs from {name}'s by {float(difference):.3g}")
 
 
 def measure_writes(bench: Bench) -> Iterator[Row | Unmeasured]:

@@ -8,19 +8,32 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvstore.bench.rows import NotHereError, Unmeasured
 from kvstore.bench.sizes import DecodeShape
 from kvstore.engine.config import ModelConfig
 
+Attend = Callable[[], Tensor]
+
 _FLASHINFER_WORKSPACE_BYTES = 256 << 20
 _FLASH_ATTENTION_PAGE_TOKENS = 256  # it takes no smaller ones
+_BACKENDS = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+_TRIES = 3  # of each, of which the first makes what it needs
 
 
 class Subject(Protocol):
@@ -38,11 +51,16 @@ class Peer(NamedTuple):
 
     name: str
     about: str
-    attend: Callable[[], Tensor]
+    attend: Attend
 
 
-def peers(subject: Subject, model: ModelConfig) -> Iterator[Peer | Unmeasured]:
-    """Those that are installed and know the dtype; torch's where none of them is there."""
+def peers(
+    subject: Subject, model: ModelConfig, seconds: Callable[[Attend], float]
+) -> Iterator[Peer | Unmeasured]:
+    """Those that are installed and know the dtype; torch's where none of them is there.
+
+    `seconds` says how long the device takes for one of them, so that torch's quickest is found.
+    """
     found = False
     for package, make in (("flashinfer", _flashinfer), ("flash_attn", _flash_attention)):
         if importlib.util.find_spec(package) is None:
@@ -65,11 +83,29 @@ def peers(subject: Subject, model: ModelConfig) -> Iterator[Peer | Unmeasured]:
             "torch", "skipped", "torch's attention takes no fp8, and no other is installed"
         )
     else:
-        yield contiguous(subject, subject.query.dtype)
+        yield torch_attention(subject, seconds)
 
 
-def contiguous(subject: Subject, dtype: torch.dtype) -> Peer:
-    """torch's attention of `dtype` over contiguous K and V of the first layer."""
+class Contiguous(NamedTuple):
+    """What torch attends to: K and V of the first layer, [batch, kv_heads, context, head_dim]."""
+
+    query: Tensor  # [batch, heads, 1, head_dim]
+    keys: Tensor
+    values: Tensor
+
+    def attend(self) -> Tensor:
+        """In the way that torch chooses."""
+        return scaled_dot_product_attention(*self, enable_gqa=True)
+
+    def attend_grouped(self) -> Tensor:
+        """The same, the heads that share a K and V being the tokens of one query."""
+        batch, heads, _, head_dim = self.query.shape
+        query = self.query.view(batch, self.keys.shape[1], -1, head_dim)
+        return scaled_dot_product_attention(query, self.keys, self.values).view(batch, heads, -1)
+
+
+def contiguous(subject: Subject, dtype: torch.dtype) -> Contiguous:
+    """K, V and query in `dtype`."""
     pages = _pages(subject, subject.block_tokens)
     tables = subject.tables.long()
     batch, context = subject.shape
@@ -82,12 +118,30 @@ def contiguous(subject: Subject, dtype: torch.dtype) -> Peer:
         .contiguous()
         for half in pages
     )
-    query = subject.query.to(dtype)[:, :, None]
+    return Contiguous(subject.query.to(dtype)[:, :, None], keys, values)
 
-    def attend() -> Tensor:
-        return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
-    return Peer("torch", "torch's attention on contiguous K and V", attend)
+def torch_attention(subject: Subject, seconds: Callable[[Attend], float]) -> Peer:
+    """The quickest of torch's ways, over K and V that lie contiguously."""
+    over = contiguous(subject, subject.query.dtype)
+    tried: list[tuple[float, str, Attend]] = []
+    for backend in _BACKENDS:
+        for how, attend in (("", over.attend), (", heads grouped", over.attend_grouped)):
+            by = partial(_by, backend, attend)
+            try:
+                taken_s = min(seconds(by) for _ in range(_TRIES))
+            except RuntimeError:  # not on this device, or not for these shapes; or no room for it
+                continue
+            tried.append((taken_s, f"{backend.name.lower()}{how}", by))
+    _, name, attend = min(tried, key=itemgetter(0))
+    about = f"torch's attention on contiguous K and V by {name}, the quickest of {len(tried)} ways"
+    return Peer("torch", about, attend)
+
+
+def _by(backend: SDPBackend, attend: Attend) -> Tensor:
+    with warnings.catch_warnings(), sdpa_kernel(backend):
+        warnings.simplefilter("ignore")  # why a backend cannot be used
+        return attend()
 
 
 def _flashinfer(subject: Subject, model: ModelConfig) -> Peer:

@@ -19,7 +19,7 @@ from torch import Tensor
 from kvstore.bench.attention import FP8, Decoding, _compare
 from kvstore.bench.benchmark import Bench
 from kvstore.bench.pages import random_kv
-from kvstore.bench.peers import Peer, contiguous, peers
+from kvstore.bench.peers import Attend, Peer, contiguous, peers
 from kvstore.bench.rows import Unmeasured
 from kvstore.bench.sizes import TINY, DecodeShape
 from kvstore.kernels import reference
@@ -119,13 +119,34 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
 
 def test_torch_stands_in_where_nobody_else_is_there(bench: Bench) -> None:
     ours = decoding(bench)
-    (peer,) = peers(ours, TINY.model)
+    (peer,) = peers(ours, TINY.model, bench.card.seconds)
     assert isinstance(peer, Peer)
     right = reference.decode(
         ours.query, ours.kv, 0, ours.tables, ours.lens, ours.block_tokens, ours.scales
     )
-    torch.testing.assert_close(peer.attend()[:, :, 0].double(), right, rtol=0.02, atol=0.02)
-    _compare(ours, peer)
+    got = peer.attend().view(right.shape).double()
+    torch.testing.assert_close(got, right, rtol=0.02, atol=0.02)
+    _compare(ours, peer.attend, peer.name)
+
+
+@pytest.mark.parametrize("quickest", range(4))
+def test_of_torchs_ways_the_quickest_is_measured_and_named(bench: Bench, quickest: int) -> None:
+    """On a CPU there are two of its backends, each with heads apart and grouped."""
+    ours, ways = decoding(bench), ("flash_attention", "math")
+    tried: list[Attend] = []
+
+    def seconds(attend: Attend) -> float:
+        attend()
+        if attend not in tried:
+            tried.append(attend)
+        return 1.0 if tried.index(attend) == quickest else 2.0
+
+    (peer,) = peers(ours, TINY.model, seconds)
+    assert isinstance(peer, Peer)
+    grouped = ", heads grouped" if quickest % 2 else ""
+    assert f"by {ways[quickest // 2]}{grouped}, the quickest of 4 ways" in peer.about
+    assert peer.attend is tried[quickest]
+    _compare(ours, peer.attend, peer.name)
 
 
 def test_contiguous_fp8_in_float32(bench: Bench) -> None:
@@ -143,11 +164,11 @@ def test_both_libraries_get_the_pages_as_they_want_them(
     install(monkeypatch, "flashinfer", BatchDecodeWithPagedKVCacheWrapper=FlashInferWrapper)
     install(monkeypatch, "flash_attn", flash_attn_with_kvcache=flash_attn_with_kvcache)
     ours = decoding(bench)
-    found = list(peers(ours, TINY.model))
+    found = list(peers(ours, TINY.model, bench.card.seconds))
     assert [each.name for each in found] == ["FlashInfer 1.2.3", "FlashAttention 1.2.3"]
     for peer in found:
         assert isinstance(peer, Peer)
-        _compare(ours, peer)
+        _compare(ours, peer.attend, peer.name)
 
 
 def test_of_fp8_flashinfer_alone_is_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +176,9 @@ def test_of_fp8_flashinfer_alone_is_left(bench: Bench, monkeypatch: pytest.Monke
     install(monkeypatch, "flash_attn", flash_attn_with_kvcache=flash_attn_with_kvcache)
     ours = decoding(bench, FP8)
     monkeypatch.setattr(FlashInferWrapper, "run", _run_of_bits)
-    infer, attention = peers(ours, TINY.model)
+    infer, attention = peers(ours, TINY.model, bench.card.seconds)
     assert isinstance(infer, Peer)
-    _compare(ours, infer)
+    _compare(ours, infer.attend, infer.name)
     assert attention == Unmeasured("flash_attn", "skipped", "FlashAttention 2 takes no fp8")
 
 
@@ -174,7 +195,7 @@ def test_a_library_that_fails_is_said_and_torch_takes_its_place(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, "flash_attn", flash_attn_with_kvcache=failing)
-    said, peer = peers(decoding(bench), TINY.model)
+    said, peer = peers(decoding(bench), TINY.model, bench.card.seconds)
     assert said == Unmeasured(
         "flash_attn", "skipped", "it fails: RuntimeError: no kernel image for this device"
     )
@@ -183,9 +204,8 @@ def test_a_library_that_fails_is_said_and_torch_takes_its_place(
 
 def test_another_result_is_no_figure(bench: Bench) -> None:
     ours = decoding(bench)
-    wrong = Peer("wrong", "", lambda: contiguous(ours, torch.bfloat16).attend() + 0.1)
+    right = contiguous(ours, torch.bfloat16).attend()
     with pytest.raises(RuntimeError, match="differs from wrong's by 0"):
-        _compare(ours, wrong)
-    nan = Peer("nan", "", lambda: torch.full_like(ours.query, torch.nan))
+        _compare(ours, lambda: right + 0.1, "wrong")
     with pytest.raises(RuntimeError, match="differs from nan's"):
-        _compare(ours, nan)
+        _compare(ours, lambda: torch.full_like(ours.query, torch.nan), "nan")
