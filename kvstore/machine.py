@@ -1,4 +1,4 @@
-"""What this machine has: memory and disk, in bytes."""
+"""What this machine has: memory and disk, in bytes, and GPUs."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ def memory_bytes() -> int:
         return min(physical, int(_CGROUP_LIMIT.read_text()))
     except (OSError, ValueError):  # no cgroup v2, or "max"
         return physical
+
+
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver is loaded, also where this process may not use it itself."""
+    return any(map(os.path.exists, ("/proc/driver/nvidia", "/dev/nvidiactl")))
 
 
 def free_disk_bytes(directory: Path) -> int:

@@ -29,10 +29,13 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 class LocalDoor:
     """Accepts processes of this user (and root's), and hands each the arena."""
 
-    def __init__(self, service: Service, path: SocketPath) -> None:
-        """Both are borrowed."""
+    def __init__(self, service: Service, path: SocketPath, rest_s: float = 0.0) -> None:
+        """The first two are borrowed. `rest_s` is how long slots rest that a client had reserved
+        when it went without a word: its device may be writing to them still.
+        """
         self._service = service
         self._path = path
+        self._rest_s = rest_s
         self._greetings: set[asyncio.Task[None]] = set()
         self._connections: set[Connection] = set()
         self._loop = asyncio.get_running_loop()
@@ -108,7 +111,7 @@ class LocalDoor:
     async def _converse(self, client: socket.socket, session: Session) -> None:
         connection = Connection(
             lambda push: Conversation(self._service, session, push),
-            lambda: self._service.end(session),
+            lambda: self._service.end(session, self._rest_s),
         )
         self._connections.add(connection)
         connection.closed.add_done_callback(lambda _: self._connections.discard(connection))

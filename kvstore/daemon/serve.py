@@ -19,6 +19,7 @@ from kvstore.daemon.network import Network
 from kvstore.daemon.service import Limits, Service
 from kvstore.daemon.socket_path import SocketPath, socket_of
 from kvstore.errors import SettingsError
+from kvstore.machine import has_gpu
 from kvstore.quantities import format_size
 from kvstore.settings import Settings
 from kvstore.store import BlockStore
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from kvstore.daemon.zmq_door import ZmqDoor
 
 log = logging.getLogger(__name__)
+
+# More than a device takes to write all that a client may have reserved, which is some GiB
+# (`daemon.client_bytes`).
+REST_S = 2.0
 
 
 def serve(settings: Settings, config: Path | None = None) -> None:
@@ -80,7 +85,7 @@ async def _run(
             doors.push_async_callback((await HttpDoor.open(service, http)).close)
         doors.push_async_callback(asyncio.to_thread, store.close, asked.shutdown_s)
         doors.callback(service.close)
-        local = LocalDoor(service, path)
+        local = LocalDoor(service, path, rest_s=REST_S if has_gpu() else 0.0)
         doors.push_async_callback(local.close)
         tenants = network.tenants()
         for tenant in tenants:  # now, and not when the first client waits for it

@@ -52,6 +52,7 @@ class Service:
         self.stopping = False  # the doors are about to close, or the store to end
         self._flushing = asyncio.Semaphore(FLUSHES)
         self.warming = Warming(store.arena)
+        self._resting: dict[Session, asyncio.TimerHandle] = {}  # that still hold what they held
         self._watchers: set[Callable[[], None]] = set()
         self._loop = asyncio.get_running_loop()
         self._awake = False
@@ -78,10 +79,17 @@ class Service:
             raise RequestError(f"{tenant.name} has {share} clients connected, and no more may")
         self.sessions.add(session)
 
-    def end(self, session: Session) -> None:
-        """The client has gone: what it held is free. May be called twice."""
+    def end(self, session: Session, rest_s: float = 0.0) -> None:
+        """The client has gone: what it held is free, or where it had reserved in `rest_s`.
+
+        May be called twice.
+        """
         if session in self.sessions:
-            self.dismiss(session)
+            if rest_s and session.reservations:
+                self.sessions.discard(session)
+                self._resting[session] = self._loop.call_later(rest_s, self._rested, session)
+            else:
+                self.dismiss(session)
             log.info("%s left", _who(session), extra={"tenant": session.tenant.name})
 
     def dismiss(self, session: Session) -> None:
@@ -156,6 +164,13 @@ class Service:
         self._unsubscribe()
         for session in list(self.sessions):
             self.end(session)
+        for session, timer in list(self._resting.items()):
+            timer.cancel()
+            self._rested(session)
+
+    def _rested(self, session: Session) -> None:
+        del self._resting[session]
+        session.close()
 
     def _wake(self) -> None:
         """From any thread, with the store's lock held: once for all that happens until we look."""

@@ -35,11 +35,14 @@ class Daemon:
     The store is the test's: to look into, to change behind the clients' backs, to close.
     """
 
-    def __init__(self, store: BlockStore, path: Path, limits: Limits | None = None) -> None:
+    def __init__(
+        self, store: BlockStore, path: Path, limits: Limits | None = None, rest_s: float = 0.0
+    ) -> None:
         self.store = store
         self.url = f"unix://{path}"
         self._path = path
         self._limits = limits
+        self._rest_s = rest_s
         self._ready: concurrent.futures.Future[Service] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._main, name="test-daemon")
         self._thread.start()
@@ -108,7 +111,7 @@ class Daemon:
             doors.callback(path.close)
             service = Service(self.store, self._limits)
             doors.callback(service.close)
-            self.door = LocalDoor(service, path)
+            self.door = LocalDoor(service, path, self._rest_s)
             doors.push_async_callback(self.door.close)
             self._ready.set_result(service)
             await self._stopping.wait()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 
 import pytest
 
-from kvstore.client.client import StoreClient
+from kvstore.verbs import Store
 from tests.daemon.doors import Daemon
 from tests.daemon.subjects import put_behind
-from tests.daemon.victim import STATES, work
+from tests.daemon.victim import BLOCKS, STATES, work
 from tests.daemon.victims import Clients
-from tests.store.rig import BLOCK, Rig, chain, check_bytes, put
+from tests.store.rig import BLOCK, PATIENCE_S, Rig, chain, check_bytes, put
 
 KILLS = 20
 ROUND_TRIPS = 200  # by then the daemon has long heard that the client is gone
@@ -36,6 +37,26 @@ def test_two_hundred_kills(daemon: Daemon, rig: Rig, clients: Clients, seed: int
     campaign(daemon, rig, clients, seed)
 
 
+def test_what_a_device_may_still_write_to_rests(rig: Rig, tmp_path: Path, clients: Clients) -> None:
+    """Until its time is over, or the daemon ends: no other block is put there."""
+    with Daemon(rig.store, tmp_path / "socket", rest_s=1e6) as daemon:
+        for state in ("half-written", "leased"):
+            clients.start(daemon.url, 0, 0, state)
+            clients.kill_in(state, 0.0)
+            daemon.until(lambda: not daemon.service.sessions)
+            assert rig.store.flush(PATIENCE_S)
+        ram = rig.store.stats().ram
+        assert ram["used_bytes"] == (ram["blocks"] + BLOCKS) * BLOCK
+        assert ram["pinned_blocks"] == 0
+    settled(rig.store, rig, 0)
+    with Daemon(rig.store, tmp_path / "socket", rest_s=0.001) as daemon:
+        clients.start(daemon.url, 0, 0, "reserved")
+        clients.kill_in("reserved", 0.0)
+        with daemon.connect() as bystander:
+            daemon.until(lambda: not daemon.service._resting)
+            settled(bystander, rig, 0)
+
+
 def campaign(daemon: Daemon, rig: Rig, clients: Clients, seed: int) -> None:
     random = Random(seed)
     held = chain(5, seed=500)
@@ -56,7 +77,7 @@ def campaign(daemon: Daemon, rig: Rig, clients: Clients, seed: int) -> None:
     assert put(rig.store, chain(50, seed=501)) == 50
 
 
-def settled(bystander: StoreClient, rig: Rig, pinned_blocks: int) -> None:
+def settled(bystander: Store, rig: Rig, pinned_blocks: int) -> None:
     """Every slot is a block's, and nothing is pinned but what the bystander has leased."""
     for _ in range(ROUND_TRIPS):
         bystander.flush()  # what is being written is pinned as well
