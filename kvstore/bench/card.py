@@ -22,6 +22,7 @@ from kvstore.kernels.block_copies import BlockCopies
 from kvstore.kernels.block_copy_cuda import KernelCopies
 from kvstore.kernels.cuda_module import Runtime
 from kvstore.kernels.paged_tensors import PagedTensors
+from kvstore.kernels.pinned_memory import PINNED
 from kvstore.layout import BlockLayout
 from kvstore.tiers.hbm_cuda import fastest_copies
 
@@ -63,6 +64,10 @@ class Card(Protocol):
 
     def pinned(self, nbytes: int) -> Tensor:
         """uint8 [nbytes] of host memory that the device reaches."""
+        ...
+
+    def pin(self, memory: memoryview) -> bool:
+        """Whether the device reaches `memory`, which is pinned for it. Blocks, for seconds."""
         ...
 
     def capture(self) -> Capture:
@@ -154,6 +159,9 @@ class CudaCard:
 
     def pinned(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def pin(self, memory: memoryview) -> bool:
+        return PINNED.pin(memory, self.device)
 
     def capture(self) -> Capture:
         return GraphCapture(self.device)

@@ -45,22 +45,19 @@ def measure_offload(bench: Bench) -> Iterator[Row | Unmeasured]:
         max_batch=batch,
         prefill_chunk_tokens=sizes.chunk_tokens,
     )
-    with (
-        compose.open(ram_bytes=2 * turn_bytes) as store,
-        make(store=store) as on,
-        make() as off,
-    ):
 
-        def turn(engine: Engine) -> float:
-            prompts = [
-                fresh_tokens(sizes.model.vocab_size, sizes.decode_prompt_tokens)
-                for _ in range(batch)
-            ]
-            return seconds_a_token(engine, prompts, tokens)
+    def turn(engine: Engine) -> float:
+        prompts = [
+            fresh_tokens(sizes.model.vocab_size, sizes.decode_prompt_tokens) for _ in range(batch)
+        ]
+        return seconds_a_token(engine, prompts, tokens)
 
-        turns: dict[str, Turn] = {"on": partial(turn, on), "off": partial(turn, off)}
-        seconds = medians(turns, sizes.engine_rounds)
-        offloaded = on.stats().counters.get("offloaded_blocks", 0)
+    with compose.open(ram_bytes=2 * turn_bytes) as store:
+        yield from bench.pin(store, "decode with offload")
+        with make(store=store) as on, make() as off:
+            turns: dict[str, Turn] = {"on": partial(turn, on), "off": partial(turn, off)}
+            seconds = medians(turns, sizes.engine_rounds)
+            offloaded = on.stats().counters.get("offloaded_blocks", 0)
     # The last token of an answer is never computed, and so has no KV.
     full = (sizes.decode_prompt_tokens + tokens - 1) // sizes.block_tokens
     if offloaded < (due := (sizes.engine_rounds + 1) * batch * full):

@@ -9,7 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
+
+from kvstore.bench.turns import timed
 
 _PIECE_BYTES = 2 << 20
 _WRITE_BYTES = 64 << 20
@@ -20,13 +24,17 @@ _TRIED_PIECES = 256  # with each of them
 class Drive:
     """A file of random bytes, and its pieces in random order. Everything here blocks."""
 
-    def __init__(self, file: int, nbytes: int, direct: bool) -> None:
+    def __init__(self, file: int, nbytes: int, direct: bool, written_s: float) -> None:
         self._file = file
         self.direct = direct
+        self.write_bytes_per_s = nbytes / written_s
         self._offsets = list(range(0, nbytes, _PIECE_BYTES))
         random.Random(0).shuffle(self._offsets)
         self.total_bytes = len(self._offsets) * _PIECE_BYTES
-        self.depth = min(_DEPTHS, key=lambda depth: self._seconds(depth, _TRIED_PIECES))
+        tried = {depth: self._seconds(depth, _TRIED_PIECES) for depth in _DEPTHS}
+        self.depth, seconds = min(tried.items(), key=itemgetter(1))
+        pieces = min(_TRIED_PIECES, len(self._offsets))
+        self.read_bytes_per_s = pieces * _PIECE_BYTES / seconds
 
     def seconds(self) -> float:
         """Of reading all of it once, with as many reads at once as were found to be best."""
@@ -61,10 +69,10 @@ def reading(directory: Path, nbytes: int) -> Iterator[Drive]:
     """
     path = directory / "reads"
     pieces = max(1, nbytes // _PIECE_BYTES)
-    _write(path, pieces * _PIECE_BYTES)
+    written_s = timed(partial(_write, path, pieces * _PIECE_BYTES))()
     file, direct = _open(path)
     try:
-        yield Drive(file, pieces * _PIECE_BYTES, direct)
+        yield Drive(file, pieces * _PIECE_BYTES, direct, written_s)
     finally:
         os.close(file)
         path.unlink()

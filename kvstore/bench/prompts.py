@@ -14,8 +14,8 @@ from kvstore import compose
 from kvstore.bench.asking import first_token, fresh_tokens
 from kvstore.bench.benchmark import Bench
 from kvstore.bench.drive import Drive, reading
-from kvstore.bench.rows import Row
-from kvstore.bench.sizes import token_bytes
+from kvstore.bench.rows import NotHereError, Row, Unmeasured
+from kvstore.bench.sizes import prompt_flops, token_bytes
 from kvstore.bench.turns import Turn, medians
 from kvstore.engine.engine import Engine
 from kvstore.engine.output import Usage
@@ -27,17 +27,17 @@ RAM_AT_MOST, NVME_AT_MOST, BOTH_AT_MOST = 0.10, 1.15, 0.65
 _FLUSH_S = 120.0
 
 
-def measure_ram(bench: Bench) -> Iterator[Row]:
+def measure_ram(bench: Bench) -> Iterator[Row | Unmeasured]:
     """From RAM, all of it or the leading half, beside an engine that has no store."""
     prompt_bytes = _prompt_bytes(bench)
     ram_bytes = prompt_bytes * 3 // 2
     bench.need_engine(hbm_bytes=2 * _hbm_bytes(bench), ram_bytes=2 * ram_bytes)
     prompt = _new_prompt(bench)
-    with (
-        compose.open(ram_bytes=ram_bytes) as store,
-        _engine(bench, store) as engine,
-        _engine(bench, None) as computing,
-    ):
+    with ExitStack() as stack:
+        store = stack.enter_context(compose.open(ram_bytes=ram_bytes))
+        yield from bench.pin(store, "prompts from RAM")
+        engine = stack.enter_context(_engine(bench, store))
+        computing = stack.enter_context(_engine(bench, None))
         first_token(engine, prompt)
         found = _InRam(bench, engine, store, prompt)
         turns: dict[str, Turn] = {
@@ -49,7 +49,15 @@ def measure_ram(bench: Bench) -> Iterator[Row]:
     name = _name(bench)
     rate = prompt_bytes / in_ms["ram"] / 1e6
     computed = "the same prompt computed by an engine without a store"
-    yield Row(f"{name}, computed without a store", "prompts", in_ms["computed"], "ms")
+    flops = prompt_flops(bench.sizes.model, len(prompt))
+    yield Row(
+        name=f"{name}, computed without a store",
+        group="prompts",
+        value=in_ms["computed"],
+        unit="ms",
+        note=f"{len(prompt) / in_ms['computed'] * 1e3:,.0f} tokens/s, "
+        f"{flops / in_ms['computed'] / 1e9:.3g} TFLOP/s",
+    )
     yield Row(
         name=f"{name}, from RAM",
         group="prompts",
@@ -96,7 +104,7 @@ class _InRam:
         return usage.ttft_s
 
 
-def measure_nvme(bench: Bench) -> Iterator[Row]:
+def measure_nvme(bench: Bench) -> Iterator[Row | Unmeasured]:
     """From NVMe, beside the drive; and loaded and computed at once, beside either alone.
 
     RAM has room for one prompt. What is asked for lies on NVMe alone, since another prompt has
@@ -111,6 +119,12 @@ def measure_nvme(bench: Bench) -> Iterator[Row]:
     )
     prompts = [_new_prompt(bench), _new_prompt(bench)]
     with ExitStack() as stack:
+        drive = stack.enter_context(reading(bench.directory, sizes.drive_bytes))
+        if not drive.direct:
+            raise NotHereError(
+                f"O_DIRECT is refused on the drive of {bench.directory}: what is read there may "
+                "come from RAM"
+            )
         store = stack.enter_context(
             compose.open(
                 ram_bytes=prompt_bytes,
@@ -118,17 +132,17 @@ def measure_nvme(bench: Bench) -> Iterator[Row]:
                 nvme_bytes=nvme_bytes,
             )
         )
+        yield from bench.pin(store, "prompts from NVMe")
         # One that never learns how fast it computes, and so loads all there is; one that
         # knows, and chooses; and one that has nothing to load from.
         loading = stack.enter_context(_engine(bench, store))
         choosing = stack.enter_context(_engine(bench, store))
         computing = stack.enter_context(_engine(bench, None))
-        first_token(computing, fresh_tokens(sizes.model.vocab_size, 2 * sizes.chunk_tokens))
+        _must_fit(bench, drive, _compute(computing, prompts[0]))
         for prompt in prompts:
             first_token(choosing, prompt)
             if not store.flush(_FLUSH_S):
                 raise RuntimeError(f"the prompt was not on the drive after {_FLUSH_S:.0f} s")
-        drive = stack.enter_context(reading(bench.directory, sizes.drive_bytes))
         cold = _Cold(store, loading, prompts)
         choices: list[Usage] = []
         turns: dict[str, Turn] = {
@@ -141,6 +155,23 @@ def measure_nvme(bench: Bench) -> Iterator[Row]:
     if cold.least_nvme_tokens < sizes.prompt_tokens:
         raise RuntimeError(f"only {cold.least_nvme_tokens} tokens came from NVMe")
     yield from _nvme_rows(bench, drive, seconds, choices[-1])
+
+
+def _must_fit(bench: Bench, drive: Drive, computed_s: float) -> None:
+    """Raises NotHereError where what comes would leave no time for the benchmarks after it."""
+    sizes, prompt_bytes = bench.sizes, _prompt_bytes(bench)
+    turns = sizes.prompt_rounds + 1
+    # In each a prompt is loaded twice, and what was not loaded of the other may come to RAM.
+    read_bytes = turns * (drive.total_bytes + 3 * prompt_bytes)
+    read_s = read_bytes / drive.read_bytes_per_s
+    written_s = 2 * prompt_bytes / drive.write_bytes_per_s
+    needed_s = read_s + written_s + (turns + 2) * computed_s
+    if needed_s > bench.left_s:
+        raise NotHereError(
+            f"needs {needed_s:.0f} s where the drive is read at "
+            f"{drive.read_bytes_per_s / 1e9:.2f} GB/s and written at "
+            f"{drive.write_bytes_per_s / 1e9:.2f}; {max(0.0, bench.left_s):.0f} s are left"
+        )
 
 
 class _Cold:

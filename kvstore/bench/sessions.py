@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import cycle
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from kvstore import compose
 from kvstore.bench.asking import answer_of, fresh_tokens
 from kvstore.bench.benchmark import Bench
 from kvstore.bench.rows import Row, Unmeasured
-from kvstore.bench.sizes import Sizes, token_bytes
+from kvstore.bench.sizes import Sizes, most_at_once, token_bytes
 from kvstore.engine.engine import Engine
 from kvstore.quantities import format_size
 
@@ -70,32 +71,31 @@ def measure(bench: Bench) -> Iterator[Row | Unmeasured]:
         bench.model,
         hbm_bytes=sizes.session_hbm_bytes,
         block_tokens=sizes.block_tokens,
-        max_batch=max(sizes.at_once),
+        max_batch=most_at_once(sizes),
         prefill_chunk_tokens=sizes.chunk_tokens,
     )
     contexts = [
         fresh_tokens(
             sizes.model.vocab_size,
-            sizes.session_tokens - sizes.question_tokens - min(sizes.answer_tokens),
+            sizes.session_tokens - sizes.question_tokens - min(sizes.answers).tokens,
         )
         for _ in range(sizes.sessions)
     ]
-    with (
-        compose.open(ram_bytes=ram_bytes) as store,
-        make(store=store) as on,
-        make() as off,
-    ):
+    with ExitStack() as stack:
+        store = stack.enter_context(compose.open(ram_bytes=ram_bytes))
+        yield from bench.pin(store, "sessions")
+        on, off = (stack.enter_context(make(store=each)) for each in (store, None))
         for first in range(0, len(contexts), _FILL_AT_ONCE):
             on.generate(contexts[first : first + _FILL_AT_ONCE], answer_of(1))
         turns_off, turns_on = _Turns(off, contexts, sizes), _Turns(on, contexts, sizes)
-        for answer_tokens in sizes.answer_tokens:
+        for answers in sizes.answers:
             paces_off, paces_on = [], []
-            for at_once in sizes.at_once:
-                paces_off.append(turns_off.pace(at_once, answer_tokens))
-                paces_on.append(turns_on.pace(at_once, answer_tokens))
+            for at_once in answers.at_once:
+                paces_off.append(turns_off.pace(at_once, answers.tokens))
+                paces_on.append(turns_on.pace(at_once, answers.tokens))
             if not on.stats().counters.get("loaded_blocks", 0):
                 raise RuntimeError("no block was loaded")
-            yield from _rows(sizes, answer_tokens, paces_off, paces_on, session_bytes)
+            yield from _rows(sizes, answers.tokens, paces_off, paces_on, session_bytes)
 
 
 class _Turns:
@@ -110,28 +110,27 @@ class _Turns:
     def pace(self, at_once: int, answer_tokens: int) -> Pace:
         """Answer so many sessions at once, each at such length, for as long as the sizes say.
 
-        Counting begins when as many turns are over as were begun at the same moment.
+        Counting begins when as many turns are over as were begun at the same moment, and ends
+        with a turn: where a turn takes half a second, the part of one would be an error. Each
+        place is counted twice at least.
         """
         gaps: list[float] = []
-        over, counted_from = 0, 0
-        began_s = end_s = 0.0
-        while not end_s or time.perf_counter() < end_s:
-            while len(self._latest) < at_once:
-                self._ask(answer_tokens)
-            over += self._step(gaps)
-            if not end_s and over >= at_once:
-                began_s, counted_from = time.perf_counter(), over
-                end_s = began_s + self._sizes.session_run_s
-                gaps.clear()
-        taken_s = time.perf_counter() - began_s
+        over = 0
+        while over < at_once:
+            over += self._step(at_once, answer_tokens, gaps)
+        gaps.clear()
+        counted, ended, began_s = 0, 0, time.perf_counter()
+        wanted, taken_s = max(self._sizes.session_turns, 2 * at_once), 0.0
+        while not ended or counted < wanted or taken_s < self._sizes.session_run_s:
+            ended = self._step(at_once, answer_tokens, gaps)
+            counted += ended
+            taken_s = time.perf_counter() - began_s
         for request in self._latest:
             self._engine.abort(request)
         self._latest.clear()
         while self._engine.busy:
             self._engine.step()
-        if over == counted_from:
-            raise RuntimeError(f"no turn was over within {taken_s:.1f} s")
-        return Pace(at_once, (over - counted_from) / taken_s, percentile_95(gaps))
+        return Pace(at_once, counted / taken_s, percentile_95(gaps))
 
     def _ask(self, answer_tokens: int) -> None:
         sizes = self._sizes
@@ -140,8 +139,10 @@ class _Turns:
         request = self._engine.add_request(context + question, answer_of(answer_tokens))
         self._latest[request] = None
 
-    def _step(self, gaps: list[float]) -> int:
+    def _step(self, at_once: int, answer_tokens: int, gaps: list[float]) -> int:
         """How many turns are over after it; times between tokens go to `gaps`."""
+        while len(self._latest) < at_once:
+            self._ask(answer_tokens)
         deltas, over = self._engine.step(), 0
         now_s = time.perf_counter()
         for delta in deltas:
@@ -161,35 +162,38 @@ def _rows(
     paces_off: Sequence[Pace],
     paces_on: Sequence[Pace],
     session_bytes: int,
-) -> Iterator[Row | Unmeasured]:
+) -> Iterator[Row]:
     """Of the pace without offload that offload does least for; only the first length is judged."""
     resident = sizes.session_hbm_bytes // session_bytes
+    context, answers = f"{sizes.session_tokens:,}-token sessions", f"{answer_tokens}-token answers"
+    sessions = partial(
+        Row,
+        name=f"{context} served with offload, {answers}",
+        group="sessions",
+        unit="sessions",
+        against=f"without, at the same p95 between tokens; {format_size(sizes.session_hbm_bytes)} "
+        f"of KV, {sizes.think_s:.0f} s of thinking",
+        at_least=AT_LEAST if answer_tokens == sizes.answers[0].tokens else None,
+    )
     compared: list[tuple[float, Pace, Pace]] = []
     for off in paces_off:
         on = best(paces_on, off.p95_s)
-        if on is None:
-            yield _too_uneven(answer_tokens, off, paces_on)
-            return
         without = served(off.turns_per_s, sizes.think_s, resident)
+        if on is None:
+            yield sessions(value=0.0, ceiling=without, note=_too_uneven(off, paces_on))
+            return
         compared.append((served(on.turns_per_s, sizes.think_s) / without, off, on))
     _, off, on = min(compared)
-    context, answers = f"{sizes.session_tokens:,}-token sessions", f"{answer_tokens}-token answers"
     value = served(on.turns_per_s, sizes.think_s)
     below = format_size(int(value) * session_bytes)
     each = ", ".join(f"{factor:.1f} at {pace.at_once}" for factor, pace, _ in compared)
-    yield Row(
-        name=f"{context} served with offload, {answers}",
-        group="sessions",
+    yield sessions(
         value=value,
-        unit="sessions",
         ceiling=served(off.turns_per_s, sizes.think_s, resident),
-        against=f"without, at the same p95 between tokens; {format_size(sizes.session_hbm_bytes)} "
-        f"of KV, {sizes.think_s:.0f} s of thinking",
-        at_least=AT_LEAST if answer_tokens == sizes.answer_tokens[0] else None,
         note=f"turns a second times {sizes.think_s:.0f} s, and without offload {resident} more, "
         f"which HBM holds; times without, by how many are answered at once there: {each}, of which "
-        f"the least counts; {sizes.session_run_s:g} s each, {sizes.sessions} sessions in turn; "
-        f"so many sessions need {below} below HBM",
+        f"the least counts; at least {sizes.session_run_s:g} s and {sizes.session_turns} turns "
+        f"each, {sizes.sessions} sessions in turn; so many sessions need {below} below HBM",
     )
     yield Row(
         name=f"turns of {context} with offload, {answers}",
@@ -210,11 +214,9 @@ def _rows(
     )
 
 
-def _too_uneven(answer_tokens: int, off: Pace, paces_on: Sequence[Pace]) -> Unmeasured:
+def _too_uneven(off: Pace, paces_on: Sequence[Pace]) -> str:
     each = ", ".join(f"{pace.p95_s * 1e3:.0f} ms at {pace.at_once}" for pace in paces_on)
-    return Unmeasured(
-        f"sessions, {answer_tokens}-token answers",
-        "failed",
-        f"with offload no pace keeps the p95 between tokens that there is without at "
-        f"{off.at_once}, {off.p95_s * 1e3:.0f} ms: it was {each}",
+    return (
+        f"none: with offload no pace keeps the p95 between tokens that there is without at "
+        f"{off.at_once}, {off.p95_s * 1e3:.0f} ms: it was {each}"
     )

@@ -24,6 +24,13 @@ class DecodeShape(NamedTuple):
         return f"batch {self.batch}, context {shown}"
 
 
+class Answers(NamedTuple):
+    """How long they are, and how many sessions are answered at the same time: one after another."""
+
+    tokens: int
+    at_once: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """`FULL` for figures, `TINY` to see that all of it works."""
@@ -62,9 +69,9 @@ class Sizes:
     session_hbm_bytes: int
     sessions: int  # that take turns: more than HBM has room for
     question_tokens: int
-    answer_tokens: tuple[int, ...]  # lengths of answers; the first is the one that is judged
-    at_once: tuple[int, ...]  # sessions that are answered at the same time
-    session_run_s: float
+    answers: tuple[Answers, ...]  # the first is the one that is judged
+    session_run_s: float  # of each pace, at least
+    session_turns: int  # and at least so many of them
     think_s: float
 
 
@@ -135,9 +142,9 @@ FULL = Sizes(
     session_hbm_bytes=20 * GiB,
     sessions=32,
     question_tokens=32,
-    answer_tokens=(32, 128),
-    at_once=(4, 8, 16),
+    answers=(Answers(32, (4, 8, 16)), Answers(128, (8,))),
     session_run_s=6.0,
+    session_turns=24,
     think_s=60.0,
 )
 TINY = Sizes(
@@ -167,11 +174,16 @@ TINY = Sizes(
     session_hbm_bytes=1 * MiB,
     sessions=12,
     question_tokens=8,
-    answer_tokens=(8, 16),
-    at_once=(1, 2),
-    session_run_s=0.2,
+    answers=(Answers(8, (1, 2)), Answers(16, (2,))),
+    session_run_s=0.1,
+    session_turns=4,
     think_s=60.0,
 )
+
+
+def most_at_once(sizes: Sizes) -> int:
+    """Sessions that are ever answered at the same time."""
+    return max(max(answers.at_once) for answers in sizes.answers)
 
 
 def pair_bytes(model: ModelConfig, element_bytes: int) -> int:
@@ -186,8 +198,21 @@ def token_bytes(model: ModelConfig, element_bytes: int) -> int:
 
 def weight_count(model: ModelConfig) -> int:
     """Numbers in the weights."""
-    hidden = model.hidden_size
-    attention = hidden * (2 * model.query_size + 2 * model.kv_size)
-    layer = attention + 3 * hidden * model.intermediate_size + 2 * hidden
-    embeddings = (1 if model.tied_embeddings else 2) * model.vocab_size * hidden
-    return model.layers * layer + embeddings + hidden
+    norms = (2 * model.layers + 1) * model.hidden_size
+    embeddings = (1 if model.tied_embeddings else 2) * model.vocab_size * model.hidden_size
+    return _matrices(model) + norms + embeddings
+
+
+def prompt_flops(model: ModelConfig, tokens: int) -> int:
+    """Of computing a prompt: 2 for each weight and token, and for each pair that attends.
+
+    Embeddings are looked up, and logits computed for one token: neither counts.
+    """
+    pairs = tokens * (tokens + 1) // 2
+    return 2 * _matrices(model) * tokens + 4 * pairs * model.query_size * model.layers
+
+
+def _matrices(model: ModelConfig) -> int:
+    """Numbers in the matrices of the layers."""
+    attention = model.hidden_size * (2 * model.query_size + 2 * model.kv_size)
+    return model.layers * (attention + 3 * model.hidden_size * model.intermediate_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -25,3 +26,16 @@ def card(pytestconfig: pytest.Config) -> CpuCard:
 @pytest.fixture
 def bench(card: CpuCard, tmp_path: Path) -> Bench:
     return Bench(card, TINY, tmp_path)
+
+
+@pytest.fixture
+def o_direct(tmp_path: Path) -> None:
+    """For what is not measured without."""
+    path = tmp_path / "direct"
+    path.touch()
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("temporary files are where O_DIRECT is refused")
+    finally:
+        path.unlink()

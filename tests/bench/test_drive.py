@@ -17,6 +17,8 @@ def test_all_of_a_file_is_read_and_then_it_is_gone(tmp_path: Path) -> None:
         (file,) = tmp_path.iterdir()
         assert file.stat().st_size == drive.total_bytes == 8 * MiB
         assert drive.seconds() > 0
+        assert drive.read_bytes_per_s > 0
+        assert drive.write_bytes_per_s > 0
         assert f"{drive.depth} at once" in drive.about
         assert ("O_DIRECT is refused" in drive.about) is not drive.direct
     assert list(tmp_path.iterdir()) == []

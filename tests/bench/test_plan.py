@@ -50,8 +50,9 @@ def _graphs_s(sizes: Sizes) -> float:
 
 def _beside_s(sizes: Sizes) -> float:
     step_s = _step_s(sizes, *sizes.beside)
-    beside_s = 3 * (step_s + _TURN_S) + 4 * sizes.copy_bytes / _BUS_BYTES_PER_S
-    return _ENGINE_S + _copies_s(sizes) / 2 + (sizes.rounds + 1) * (step_s + 3 * beside_s)
+    # Before each its copies are timed three times; some more of them than needed are started.
+    beside_s = step_s + 9 * (_TURN_S + sizes.copy_bytes / _BUS_BYTES_PER_S)
+    return _ENGINE_S + _copies_s(sizes) / 2 + 3 * (sizes.rounds + 1) * (step_s + beside_s)
 
 
 def _offload_s(sizes: Sizes) -> float:
@@ -75,9 +76,9 @@ def _nvme_s(sizes: Sizes) -> float:
     computed_s = _prompt_s(sizes, sizes.prompt_tokens)
     nbytes = sizes.prompt_tokens * token_bytes(sizes.model, 2)
     drive_s, read_s = sizes.drive_bytes / _DRIVE_BYTES_PER_S, nbytes / _DRIVE_BYTES_PER_S
-    starts_s = 3 * _ENGINE_S + 2 * (computed_s + read_s) + 3 * drive_s
-    # Twice another prompt is brought to RAM, and then this one is loaded.
-    return starts_s + (sizes.prompt_rounds + 1) * (drive_s + 4 * read_s + computed_s)
+    starts_s = 3 * _ENGINE_S + 3 * computed_s + 2 * read_s + 3 * drive_s
+    # Two are loaded, and what was not loaded of the other may come to RAM.
+    return starts_s + (sizes.prompt_rounds + 1) * (drive_s + 3 * read_s + computed_s)
 
 
 def _sessions_s(sizes: Sizes) -> float:
@@ -85,11 +86,13 @@ def _sessions_s(sizes: Sizes) -> float:
     ram_s = sizes.sessions * session_bytes * 9 / 8 / _PINNED_BYTES_PER_S
     computed_s = _prompt_s(sizes, sizes.session_tokens)
     taken_s = ram_s + 2 * _ENGINE_S + sizes.sessions * computed_s
-    for answer_tokens in sizes.answer_tokens:
-        for at_once in sizes.at_once:
+    for answers in sizes.answers:
+        for at_once in answers.at_once:
             step_s = _step_s(sizes, at_once, sizes.session_tokens)
-            first_s = at_once * (computed_s + _EAGER_S) + 2 * answer_tokens * step_s
-            taken_s += first_s + 2 * sizes.session_run_s
+            first_s = at_once * (computed_s + _EAGER_S) + 2 * answers.tokens * step_s
+            turn_s = computed_s + _EAGER_S + answers.tokens * step_s / at_once
+            without_s = max(sizes.session_run_s, max(sizes.session_turns, 2 * at_once) * turn_s)
+            taken_s += first_s + without_s + sizes.session_run_s
     return taken_s
 
 

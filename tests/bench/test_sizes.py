@@ -14,7 +14,9 @@ from kvstore.bench.sizes import (
     TINY,
     TINY_MODEL,
     DecodeShape,
+    most_at_once,
     pair_bytes,
+    prompt_flops,
     token_bytes,
     weight_count,
 )
@@ -33,11 +35,18 @@ def test_llama_3_1_8b() -> None:
     assert (FULL.model, FULL.dtype) == (LLAMA_8B, "bfloat16")
 
 
+def test_work_of_a_prompt() -> None:
+    """Its tokens meet all weights but the embeddings; pairs of them count on top."""
+    matrices = 8_030_261_248 - 2 * 128_256 * 4096 - (2 * 32 + 1) * 4096
+    assert prompt_flops(LLAMA_8B, 1) == 2 * matrices + 4 * 4096 * 32
+    assert prompt_flops(LLAMA_8B, 3) == 2 * matrices * 3 + 4 * 4096 * 32 * 6
+
+
 def test_more_sessions_take_turns_than_hbm_holds() -> None:
     for sizes in (FULL, TINY):
         held = sizes.session_hbm_bytes / (sizes.session_tokens * token_bytes(sizes.model, 2))
-        assert sizes.sessions > held + max(sizes.at_once) / 2
-        assert held > max(sizes.at_once)
+        assert sizes.sessions > held + most_at_once(sizes) / 2
+        assert held > most_at_once(sizes)
 
 
 def test_a_shape_says_its_context_in_binary_thousands_if_it_is_one() -> None:
