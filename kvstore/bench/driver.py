@@ -21,10 +21,10 @@ _TIMEOUT_S = 10.0
 
 
 def driver_facts(uuid: str) -> dict[str, str]:
-    """Of the GPU with this UUID, without the prefix `GPU-`; nothing where nobody can be asked."""
+    """Of the GPU with this UUID; nothing where nobody can be asked."""
     command = [
         "nvidia-smi",
-        f"--id=GPU-{uuid}",
+        f"--id=GPU-{uuid.removeprefix('GPU-')}",
         f"--query-gpu={','.join(_FIELDS.values())}",
         "--format=csv,noheader,nounits",
     ]

@@ -28,6 +28,7 @@ def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 def test_each_field_by_a_name_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smi(tmp_path, monkeypatch, _ANSWERS)
     facts = driver_facts("a-b")
+    assert driver_facts("GPU-a-b") == facts
     assert (facts["driver"], facts["pcie_generation"], facts["pcie_lanes_most"]) == ("1", "2", "5")
     assert facts["power_limit_w"] == "[N/A]"
     assert driver_facts("another") == {}

@@ -116,10 +116,10 @@ class Answering:
 def test_a_pace_is_counted_from_the_end_of_a_turn_to_the_end_of_another(
     monkeypatch: pytest.MonkeyPatch, at_once: int, counted: int
 ) -> None:
-    """6.6 s at least, 5 turns at least, and twice as many as are answered at once."""
+    """6.2 s at least, 5 turns at least, and twice as many as are answered at once."""
     engine = Answering()
     monkeypatch.setattr(time, "perf_counter", lambda: engine.now_s)
-    sizes = dataclasses.replace(TINY, session_run_s=6.6, session_turns=5)
+    sizes = dataclasses.replace(TINY, session_run_s=6.2, session_turns=5)
     pace = _Turns(cast(Engine, engine), [[1] * 128], sizes).pace(at_once, 8)
     assert engine.now_s == at_once + counted
     assert pace == Pace(at_once, 1.0, 0.5)
