@@ -65,12 +65,14 @@ def explain(
     with opened(place, settings) as store:
         explanation = store.store.explain(asked.chain)
         tiers = store.store.probe(asked.chain).tiers
+        renamed = store.renames_keys
         if store.client is not None:
             store.client.check_connected()
     report = {
         "store": str(place),
         "model": asked.chain.namespace.model,
-        "namespace": asked.chain.namespace.fingerprint.hex(),
+        # A tenant's has a name that only the daemon knows.
+        "namespace": None if renamed else asked.chain.namespace.fingerprint.hex(),
         "tokens": len(asked.tokens),
         "block_tokens": asked.chain.namespace.block_tokens,
         "block_bytes": asked.chain.namespace.layout.block_bytes,
@@ -111,7 +113,7 @@ def _show(report: dict[str, Any], explanation: Explanation) -> None:
     over = report["tokens"] - blocks * size
     rest = f"; {counted(over, 'token')} more, in no full block, always computed" if over else ""
     show(
-        f"{report['model']}, namespace {report['namespace']}\n"
+        f"{report['model']}, namespace {report['namespace'] or 'of this tenant alone'}\n"
         f"{counted(report['tokens'], 'token')}: {counted(blocks, 'block')} of {size}, "
         f"{format_size(report['block_bytes'])} each{rest}\n"
     )

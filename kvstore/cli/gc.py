@@ -107,7 +107,9 @@ def choose(
     for model in models:
         theirs = {name for name in fingerprints if listing.model(name) == model}
         if not theirs:
-            raise InputError(f"--model {model}: no namespace is of it; `kvstore ls` shows them")
+            known = sorted({each.model for each in listing.namespaces.values()})
+            there = ", ".join(map(repr, known)) or "none"
+            raise InputError(f"--model {model}: no namespace is of it; models here: {there}")
         wanted |= theirs
     chosen = listing.only(wanted) if namespaces or models else listing
     if damaged is not None:

@@ -86,6 +86,7 @@ def daemon_report(place: Place, settings: Settings) -> dict[str, Any]:
             {
                 "fingerprint": each["fingerprint"],
                 "namespace": json.loads(each["record"]),
+                "tenant": each["tenant"],
                 "tiers": {
                     tier: {"blocks": blocks, "stored_bytes": each["nbytes"][tier]}
                     for tier, blocks in each["blocks"].items()
@@ -155,7 +156,9 @@ def _show_namespaces(namespaces: list[dict[str, Any]]) -> None:
         known = each["namespace"]
         model = f"{shown(known['model'])}, {known['kv_dtype']}" if known else "unknown model"
         held = "; ".join(f"{tier} {_blocks(there, known)}" for tier, there in each["tiers"].items())
-        show(f"{each['fingerprint']}  {held}: {model}\n")
+        whose = f", tenant {each['tenant']}" if each.get("tenant") else ""
+        salted = ", salted" if known and known["salt"] and not whose else ""
+        show(f"{each['fingerprint']}  {held}: {model}{whose}{salted}\n")
 
 
 def _blocks(there: Mapping[str, int], known: Mapping[str, Any] | None) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from kvstore.cli.options import settings_options
-from kvstore.errors import InputError
+from kvstore.errors import InputError, RightsError
 
 if TYPE_CHECKING:
     from kvstore.client.client import StoreClient
@@ -50,6 +50,18 @@ class Opened(NamedTuple):
     store: Store
     inventory: Inventory
     client: StoreClient | None
+
+    @property
+    def renames_keys(self) -> bool:
+        """Whether what is asked for has other names there: a daemon's, for who has a token."""
+        if self.client is None:
+            return False
+        from kvstore.client.inventory import ClientInventory
+
+        try:
+            return bool(ClientInventory(self.client).status()["renames_keys"])
+        except RightsError:  # without a token everything is allowed
+            return True
 
 
 _directory = click.argument(

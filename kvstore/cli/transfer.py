@@ -68,8 +68,9 @@ def export(
             saved = save(store.store, listing.namespaces, rows, ArchiveWriter(file), report)
         if nameless.any():
             saved.missed["of unknown namespaces"] = int(nameless.sum())
-        if saved.missed and not saved.blocks:
-            raise TierError(f"nothing was exported: {_reasons(saved)}; {archive} is as it was")
+        if not saved.blocks:
+            why = _reasons(saved) or "no such block is stored"
+            raise TierError(f"nothing was exported: {why}; {archive} is as it was")
         file_bytes = file.tell()
     if as_json:
         print_json(
@@ -141,11 +142,7 @@ def import_(archive: Path, place: Place, settings: Settings, as_json: bool) -> i
 
 def _check_readable(store: Opened) -> None:
     """Raises InputError where blocks can be listed, but nothing asked for would be found."""
-    if store.client is None:
-        return
-    from kvstore.client.inventory import ClientInventory
-
-    if ClientInventory(store.client).status().get("renames_keys"):
+    if store.renames_keys:
         raise InputError(
             "a tenant behind a token cannot export: its keys are the daemon's own; "
             "export through the socket on its machine"
@@ -164,6 +161,8 @@ def _make(path: Path, settings: Settings) -> None:
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes its place when all went well, and is gone otherwise."""
     try:
+        if str(path) == "-":
+            raise InputError("a file is needed, not a pipe: it appears when it is complete")
         if path.is_dir():
             raise InputError(f"{path} is a folder: name a file in it")
         if path.exists() and not path.is_file():

@@ -65,6 +65,8 @@ class StoreClient:
             log.warning("%s; going on without it", error)
             self._why_away = str(error)
             self._reconnect_locked()
+        except WireError as error:
+            raise WireError(f"{name}: no kvstore daemon of this version: {error}") from error
 
     @property
     def is_connected(self) -> bool:

@@ -79,6 +79,7 @@ class InventoryVerbs:
                     {
                         "fingerprint": each.namespace.fingerprint.hex(),
                         "record": each.namespace.to_json(),
+                        "tenant": self._service.owner(each.namespace),
                         "blocks": dict(each.blocks),
                         "nbytes": dict(each.nbytes),
                     }

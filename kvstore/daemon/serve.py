@@ -77,7 +77,9 @@ async def _run(
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, stopping.set)
     asked = settings.daemon
-    service = Service(store, Limits(asked.client_bytes, asked.connections, asked.event_log_blocks))
+    tenants = network.tenants()
+    limits = Limits(asked.client_bytes, asked.connections, asked.event_log_blocks)
+    service = Service(store, limits, tenants)
     async with contextlib.AsyncExitStack() as doors:
         if http is not None:
             from kvstore.daemon.http_door import HttpDoor
@@ -87,7 +89,6 @@ async def _run(
         doors.callback(service.close)
         local = LocalDoor(service, path, rest_s=REST_S if has_gpu() else 0.0)
         doors.push_async_callback(local.close)
-        tenants = network.tenants()
         for tenant in tenants:  # now, and not when the first client waits for it
             service.quota_of(tenant)
         if network.data is not None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvstore.answers import Stats
@@ -38,11 +38,14 @@ class Limits:
 class Service:
     """The store and its sessions. Belongs to the event loop that made it, but for `wake`."""
 
-    def __init__(self, store: BlockStore, limits: Limits | None = None) -> None:
-        """The store is borrowed."""
+    def __init__(
+        self, store: BlockStore, limits: Limits | None = None, tenants: Iterable[Tenant] = ()
+    ) -> None:
+        """The store is borrowed. `tenants` are those who have tokens."""
         self.store = store
         self.limits = limits or Limits()
         self.sessions: set[Session] = set()
+        self._tenants = list(tenants)
         self.tenant_blocks: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.quotas: dict[str, Quota] = {}  # of those who have one, and have come
         self._written: defaultdict[str, NamespaceQuota] = defaultdict(NamespaceQuota)
@@ -142,6 +145,11 @@ class Service:
         Those of this user may: they can do worse.
         """
         return not tenant.secret or self._written[tenant.name].admits(namespace)
+
+    def owner(self, namespace: Namespace) -> str | None:
+        """Whose namespace it is, where that is somebody with a token."""
+        owners = (each.name for each in self._tenants if each.secret and each.owns(namespace))
+        return next(owners, None)
 
     def stats_of(self, tenant: Tenant) -> Stats:
         """What concerns nobody else: blocks served and missed, and what it holds of its quota."""

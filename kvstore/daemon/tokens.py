@@ -197,6 +197,8 @@ def checked_record(entry: Any) -> TokenRecord:
         quota_bytes = None if quota is None else parse_size(quota)
     except ValueError as error:
         raise ValueError(f"quota_bytes: {error}") from None
+    if quota_bytes == 0:
+        raise ValueError("quota_bytes: must be above 0; for who may not write there is `rights`")
     return TokenRecord(digest, tenant, frozenset(rights), quota_bytes, cap)
 
 

@@ -53,6 +53,8 @@ class Departures:
             if start >= stop:
                 continue
             sequence.offered_blocks = stop
+            if "offer" in self._guard.denied:
+                continue
             with self._guard("offer"):
                 self._reserve(sequence, start, stop, blocks, views, reservations)
         if reservations:

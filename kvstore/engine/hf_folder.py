@@ -43,7 +43,7 @@ class HFFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config: ModelConfig = config_from_hf(_read_config(path), _model_name(path.resolve()))
+        self.config: ModelConfig = _config(path)
         self._headers: dict[Path, bytes] = {}
         self._places: dict[str, _Place] = {}
         for file in self._weight_files():
@@ -86,12 +86,15 @@ class HFFolder:
             text = self._tokenizer_json.decode()
         except UnicodeDecodeError as error:
             raise ModelError(f"{self.path / 'tokenizer.json'} is not a text in UTF-8") from error
-        return Tokenizer.from_json(
-            text,
-            chat_template=self._chat_template(),
-            special=self._special_tokens(),
-            eos_token_ids=self._eos_token_ids(),
-        )
+        told = {
+            "chat_template": self._chat_template(),
+            "special": self._special_tokens(),
+            "eos_token_ids": self._eos_token_ids(),
+        }
+        try:
+            return Tokenizer.from_json(text, **told)
+        except ModelError as error:
+            raise ModelError(f"{self.path}: {error}") from error
 
     def tokenizer_fingerprint(self) -> str:
         """Of tokenizer.json, or else of what other engines take, if there is any of it."""
@@ -204,6 +207,14 @@ class HFFolder:
             return self._places[name]
         except KeyError:
             raise ModelError(f"{self.path} has no weight {name}") from None
+
+
+def _config(folder: Path) -> ModelConfig:
+    fields = _read_config(folder)
+    try:
+        return config_from_hf(fields, _model_name(folder.resolve()))
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
 
 
 def _model_name(folder: Path) -> str:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import kvstore
 from tests.cli.commands import Done
 from tests.cli.test_bad_input import refused
+from tests.daemon.data_doors import DataDaemon
 from tests.daemon.doors import DaemonProcess
+from tests.daemon.tenants import OPERATOR, READER, TENANTS, VICTIM
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again."  # a token a byte
 
@@ -32,6 +35,17 @@ def test_a_prompt_that_is_held(here: Callable[..., Done], blocks: Path, model: P
     plain = here(*asked).stdout
     assert "blocks 0 to 3: on NVMe\nAll of it is held.\n" in plain
     assert f"{len(TEXT) % 16} tokens more, in no full block" in plain
+
+
+@pytest.mark.parametrize("token", [VICTIM, READER, OPERATOR])
+def test_a_tenants_namespace_has_a_name_that_is_not_known_here(
+    here: Callable[..., Done], model: Path, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("KVSTORE_CLIENT__TOKEN", token)
+    with kvstore.open(ram_bytes="1 MiB") as store, DataDaemon(store, TENANTS) as daemon:
+        asked = ("explain", TEXT, "--store", daemon.url, "--model", model)
+        assert here(*asked, "--json").data["namespace"] is None
+        assert "namespace of this tenant alone\n" in here(*asked).stdout
 
 
 def test_where_a_prompt_goes_another_way(

@@ -216,7 +216,10 @@ def test_a_leased_block_is_dropped_later(
         (["evict", "--chat"], "--chat goes with --prompt"),
         (["evict", "--prompt", "x"], "which model? give --model"),
         (["evict", "--prompt", "", "--model", "x"], "there is no prompt"),
-        (["gc", "--model", "nobody's"], "--model nobody's: no namespace is of it"),
+        (
+            ["gc", "--model", "nobody's"],
+            "--model nobody's: no namespace is of it; models here: 'a model', 'another model'",
+        ),
         (["gc", "--older-than", "7 moons"], "--older-than '7 moons': not a time"),
         (["gc", "--older-than", "9" * 400 + "d"], "--older-than"),
     ],

@@ -15,7 +15,7 @@ from tests.cli.commands import Done, fill, namespace
 from tests.cli.test_bad_input import refused
 from tests.daemon.data_doors import DataDaemon
 from tests.daemon.doors import DaemonProcess
-from tests.daemon.tenants import READER, TENANTS
+from tests.daemon.tenants import OVERSEER, READER, TENANTS, THIEF, VICTIM
 
 BLOCK_BYTES = 8192
 
@@ -73,6 +73,27 @@ def test_stat_of_a_tenant(here: Callable[..., Done], monkeypatch: pytest.MonkeyP
     assert "2 blocks asked for: 2 missed (2 absent)\n" in plain.stdout
     assert data["misses"] == {"absent": 2}
     assert "sessions" not in data
+
+
+def test_stat_says_whose_a_namespace_is(
+    here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To who may administer, and need not be able to read."""
+    monkeypatch.setenv("KVSTORE_CLIENT__TOKEN", OVERSEER)
+    with kvstore.open(ram_bytes="1 MiB") as store, DataDaemon(store, TENANTS) as daemon:
+        for token, model in ((VICTIM, "a model"), (THIEF, "another model")):
+            with daemon.connect(token=token) as client:
+                fill(client, 2, model=model)
+        fill(store, 2, model="nobody's")
+        data = here("stat", "--store", daemon.url, "--json").data
+        plain = here("stat", "--store", daemon.url).stdout
+    assert {each["namespace"]["model"]: each["tenant"] for each in data["namespaces"]} == {
+        "a model": "victim",
+        "another model": "thief",
+        "nobody's": None,
+    }
+    assert "another model, float32, tenant thief\n" in plain
+    assert "nobody's, float32\n" in plain
 
 
 def test_ls_of_a_daemon(

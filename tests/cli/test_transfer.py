@@ -342,3 +342,18 @@ def test_an_export_of_which_nothing_can_be_read_replaces_nothing(
     assert "nothing was exported: 23 blocks listed" in done.stderr
     assert done.stderr.count("\n") == 1
     assert archive.read_bytes() == before
+
+
+def test_an_export_of_nothing_replaces_nothing(
+    here: Callable[..., Done], archive: Path, target: Path
+) -> None:
+    before = archive.read_bytes()
+    done = here("export", archive, target)
+    assert (done.status, done.stdout) == (1, "")
+    assert "nothing was exported: no such block is stored" in done.stderr
+    assert archive.read_bytes() == before
+
+
+def test_an_export_needs_a_file(here: Callable[..., Done], source: Path) -> None:
+    refused(here("export", "-", source), "a file is needed, not a pipe")
+    assert not Path("-").exists()

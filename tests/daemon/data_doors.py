@@ -53,7 +53,7 @@ class DataDaemon(Daemon):
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         async with AsyncExitStack() as doors:
-            service = Service(self.store, self._limits)
+            service = Service(self.store, self._limits, self._tenants)
             doors.callback(service.close)
             sockets = listen(self.endpoint, "test")
             self.data_door = DataDoor(service, sockets, self._tenants, self._tls)

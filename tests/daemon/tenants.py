@@ -10,6 +10,7 @@ from kvstore.tenant import Right
 from tests.store.rig import BLOCK, Rig
 
 VICTIM, THIEF, READER, OPERATOR = "kvs_victim", "kvs_thief", "kvs_reader", "kvs_operator"
+OVERSEER = "kvs_overseer"
 QUOTA_BLOCKS, CAP = 10, 40
 SECRET = bytes(range(32))
 
@@ -25,6 +26,7 @@ TENANTS = Tenants(
         record(READER, "victim", "read"),
         record(THIEF, "thief", "read", "write", quota_bytes=QUOTA_BLOCKS * BLOCK, priority_cap=CAP),
         record(OPERATOR, "operator", "read", "write", "admin"),
+        record(OVERSEER, "overseer", "admin"),
     ],
     SECRET,
 )

@@ -76,6 +76,7 @@ def test_what_a_file_says(tmp_path: Path) -> None:
         (entry("priority_cap = true"), "token 1: priority_cap"),
         (entry('quota_bytes = "many"'), "token 1: quota_bytes"),
         (entry("quota_bytes = -1"), "token 1: quota_bytes"),
+        (entry("quota_bytes = 0"), "token 1: quota_bytes"),
         (entry() + entry(), "twice"),
         (entry() + entry("quota_bytes = 1", "0" * 64), "different quotas"),
     ],

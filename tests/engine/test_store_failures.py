@@ -14,6 +14,7 @@ import kvstore
 from kvstore.engine.engine import Engine
 from kvstore.engine.loading import LoadedModel
 from kvstore.engine.sampling import SamplingParams
+from kvstore.errors import RightsError
 from kvstore.hashing import TokenChain
 from kvstore.hub import Bounds
 from kvstore.store import BlockStore
@@ -116,6 +117,29 @@ def test_a_verb_that_raises(
             check(engine.generate(PROMPTS, GREEDY), expected)
             engine.clear_hbm()
         assert engine.stats().counters["store_errors"] > 0
+
+
+class ReadOnly(BlockStore):
+    """As a daemon's, for who has a token that does not let it write."""
+
+    asked = 0
+
+    def reserve(self, *args: Any, **options: Any) -> Any:
+        self.asked += 1
+        raise RightsError("the tenant search has no right to write")
+
+
+def test_a_store_that_may_only_be_read(
+    tiny: LoadedModel, expected: list[tuple[int, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once, as what it is, and then not asked for any more."""
+    store = ReadOnly(RamTier(4 << 20))
+    with store, engine_over(tiny, store, max_batch=4) as engine:
+        check(engine.generate(PROMPTS, GREEDY), expected)
+        assert "store_errors" not in engine.stats().counters
+    assert store.asked == 1
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "not allow it (offer), going on without: the tenant search has no right" in said
 
 
 def test_a_store_that_is_closed_while_text_is_generated(
