@@ -19,6 +19,7 @@ from kvstore.retention import DEFAULT_PRIORITY, MAX_PRIORITY, Retention
 
 Right = Literal["read", "write", "admin"]
 RIGHTS: tuple[Right, ...] = ("read", "write", "admin")
+MARK_CHARACTERS = 16  # with which the salts of a tenant's namespaces begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,9 @@ class Tenant:
     @property
     def mark(self) -> str:
         """What the salts of this tenant's namespaces begin with, and of nobody else's."""
-        return hashlib.sha256(self.secret + b"mark").hexdigest()[:16] if self.secret else ""
+        if not self.secret:
+            return ""
+        return hashlib.sha256(self.secret + b"mark").hexdigest()[:MARK_CHARACTERS]
 
     def namespace(self, asked: Namespace) -> Namespace:
         """What the store knows a client's namespace as."""

@@ -101,7 +101,8 @@ class Contiguous(NamedTuple):
         """The same, the heads that share a K and V being the tokens of one query."""
         batch, heads, _, head_dim = self.query.shape
         query = self.query.view(batch, self.keys.shape[1], -1, head_dim)
-        return scaled_dot_product_attention(query, self.keys, self.values).view(batch, heads, -1)
+        attended = scaled_dot_product_attention(query, self.keys, self.values)
+        return attended.reshape(batch, heads, -1)
 
 
 def contiguous(subject: Subject, dtype: torch.dtype) -> Contiguous:

@@ -86,7 +86,7 @@ def daemon_report(place: Place, settings: Settings) -> dict[str, Any]:
             {
                 "fingerprint": each["fingerprint"],
                 "namespace": json.loads(each["record"]),
-                "tenant": each["tenant"],
+                "tenant": each.get("tenant"),  # which older daemons do not say
                 "tiers": {
                     tier: {"blocks": blocks, "stored_bytes": each["nbytes"][tier]}
                     for tier, blocks in each["blocks"].items()

@@ -59,7 +59,7 @@ class Opened(NamedTuple):
         from kvstore.client.inventory import ClientInventory
 
         try:
-            return bool(ClientInventory(self.client).status()["renames_keys"])
+            return bool(ClientInventory(self.client).status().get("renames_keys"))
         except RightsError:  # without a token everything is allowed
             return True
 

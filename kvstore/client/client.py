@@ -66,7 +66,7 @@ class StoreClient:
             self._why_away = str(error)
             self._reconnect_locked()
         except WireError as error:
-            raise WireError(f"{name}: no kvstore daemon of this version: {error}") from error
+            raise WireError(f"{name}: {error}") from error
 
     @property
     def is_connected(self) -> bool:

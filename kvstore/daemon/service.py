@@ -17,7 +17,7 @@ from kvstore.errors import RequestError
 from kvstore.hot import HotPrefixes, Prefix
 from kvstore.identity import Namespace
 from kvstore.store import BlockStore
-from kvstore.tenant import LOCAL, Tenant
+from kvstore.tenant import LOCAL, MARK_CHARACTERS, Tenant
 from kvstore.tier import Miss
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Service:
         self.store = store
         self.limits = limits or Limits()
         self.sessions: set[Session] = set()
-        self._tenants = list(tenants)
+        self._owners = {tenant.mark: tenant.name for tenant in tenants if tenant.secret}
         self.tenant_blocks: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.quotas: dict[str, Quota] = {}  # of those who have one, and have come
         self._written: defaultdict[str, NamespaceQuota] = defaultdict(NamespaceQuota)
@@ -148,8 +148,7 @@ class Service:
 
     def owner(self, namespace: Namespace) -> str | None:
         """Whose namespace it is, where that is somebody with a token."""
-        owners = (each.name for each in self._tenants if each.secret and each.owns(namespace))
-        return next(owners, None)
+        return self._owners.get(namespace.salt[:MARK_CHARACTERS])
 
     def stats_of(self, tenant: Tenant) -> Stats:
         """What concerns nobody else: blocks served and missed, and what it holds of its quota."""

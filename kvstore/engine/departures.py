@@ -53,7 +53,7 @@ class Departures:
             if start >= stop:
                 continue
             sequence.offered_blocks = stop
-            if "offer" in self._guard.denied:
+            if self._guard.is_denied("offer"):
                 continue
             with self._guard("offer"):
                 self._reserve(sequence, start, stop, blocks, views, reservations)

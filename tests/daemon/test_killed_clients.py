@@ -53,6 +53,7 @@ def test_what_a_device_may_still_write_to_rests(rig: Rig, tmp_path: Path, client
         clients.start(daemon.url, 0, 0, "reserved")
         clients.kill_in("reserved", 0.0)
         with daemon.connect() as bystander:
+            daemon.until(lambda: len(daemon.service.sessions) == 1)
             daemon.until(lambda: not daemon.service._resting)
             settled(bystander, rig, 0)
 

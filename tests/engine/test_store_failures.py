@@ -122,11 +122,13 @@ def test_a_verb_that_raises(
 class ReadOnly(BlockStore):
     """As a daemon's, for who has a token that does not let it write."""
 
-    asked = 0
+    asked, is_denied = 0, True
 
     def reserve(self, *args: Any, **options: Any) -> Any:
         self.asked += 1
-        raise RightsError("the tenant search has no right to write")
+        if self.is_denied:
+            raise RightsError("the tenant search has no right to write")
+        return super().reserve(*args, **options)
 
 
 def test_a_store_that_may_only_be_read(
@@ -136,10 +138,26 @@ def test_a_store_that_may_only_be_read(
     store = ReadOnly(RamTier(4 << 20))
     with store, engine_over(tiny, store, max_batch=4) as engine:
         check(engine.generate(PROMPTS, GREEDY), expected)
-        assert "store_errors" not in engine.stats().counters
-    assert store.asked == 1
+        counters = engine.stats().counters
+        assert counters["store_denials"] == store.asked == 1
+        assert "store_errors" not in counters
     (said,) = [record.getMessage() for record in caplog.records]
     assert "not allow it (offer), going on without: the tenant search has no right" in said
+
+
+def test_what_a_store_allows_later_is_done(
+    tiny: LoadedModel, expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.engine.guard.DENIED_S", 0.0)
+    store = ReadOnly(RamTier(4 << 20))
+    with store, engine_over(tiny, store, max_batch=4) as engine:
+        check(engine.generate(PROMPTS, GREEDY), expected)
+        store.is_denied = False
+        engine.clear_hbm()
+        check(engine.generate(PROMPTS, GREEDY), expected)
+        counters = engine.stats().counters
+        assert counters["store_denials"] > 1
+        assert counters["offloaded_blocks"] > 0
 
 
 def test_a_store_that_is_closed_while_text_is_generated(
