@@ -55,7 +55,7 @@ class Service:
         self.stopping = False  # the doors are about to close, or the store to end
         self._flushing = asyncio.Semaphore(FLUSHES)
         self.warming = Warming(store.arena)
-        self._resting: dict[Session, asyncio.TimerHandle] = {}  # that still hold what they held
+        self._resting: dict[Session, asyncio.TimerHandle] = {}  # gone, but for reservations
         self._watchers: set[Callable[[], None]] = set()
         self._loop = asyncio.get_running_loop()
         self._awake = False
@@ -83,13 +83,14 @@ class Service:
         self.sessions.add(session)
 
     def end(self, session: Session, rest_s: float = 0.0) -> None:
-        """The client has gone: what it held is free, or where it had reserved in `rest_s`.
+        """The client has gone: what it held is free, but `rest_s` later what it had reserved.
 
         May be called twice.
         """
         if session in self.sessions:
             if rest_s and session.reservations:
                 self.sessions.discard(session)
+                session.release_all()
                 self._resting[session] = self._loop.call_later(rest_s, self._rested, session)
             else:
                 self.dismiss(session)

@@ -207,10 +207,13 @@ class Session:
 
     # ---- ending
 
-    def close(self) -> None:
-        """Give everything back. May be called twice."""
+    def release_all(self) -> None:
         for number in list(self.leases):
             self.release(number)
+
+    def close(self) -> None:
+        """Give everything back. May be called twice."""
+        self.release_all()
         for number in list(self.reservations):
             self.abort(number)
 

@@ -40,6 +40,15 @@ def test_two_hundred_kills(daemon: Daemon, rig: Rig, clients: Clients, seed: int
 def test_what_a_device_may_still_write_to_rests(rig: Rig, tmp_path: Path, clients: Clients) -> None:
     """Until its time is over, or the daemon ends: no other block is put there."""
     with Daemon(rig.store, tmp_path / "socket", rest_s=1e6) as daemon:
+        put_behind(rig, chain(4, seed=7))
+        going = daemon.connect()
+        lease, reservation = going.acquire(chain(4, seed=7)), going.reserve(chain(1, seed=8))
+        (session,) = daemon.service.sessions
+        daemon.call(lambda: daemon.service.end(session, 1e6))
+        assert rig.store.stats().ram["pinned_blocks"] == 0
+        assert rig.store.stats().ram["used_bytes"] == 5 * BLOCK
+        del lease, reservation
+        going.close()
         for state in ("half-written", "leased"):
             clients.start(daemon.url, 0, 0, state)
             clients.kill_in(state, 0.0)
